@@ -1,0 +1,350 @@
+"""The vision transformer of DINOv2: one class for every size, patch, register count and number of channels.
+
+Names in the state dict are those of the released checkpoints (`blocks.3.attn.qkv.weight`, …). The forward takes one
+batch of images or a list of batches of different sizes. A list is *packed*: all tokens of all batches go through the
+linear layers as one `[T, D]` matrix, and only attention is computed batch by batch (paper §5, "sequence packing").
+
+Nothing here draws a random number: masks and the samples that stochastic depth keeps are arguments. The file knows
+nothing of training, precision or devices.
+
+Letters in shapes: B images, C channels, H W pixels, h w patches, N tokens of an image, T tokens of all, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opsin.errors import OpsinError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that decides the shapes and the function of a `VisionTransformer`."""
+
+    width: int
+    """Channels D of a token."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """Attention heads; must divide `width`."""
+    patch: int = 14
+    """Side of a patch in pixels."""
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    """Feed-forward layer: MLP with GELU, or SwiGLU with the hidden width rounded as in the reference."""
+    registers: int = 0
+    """Register tokens (Darcet et al., 2309.16588); the paper uses 4."""
+    channels: int = 3
+    """Channels of an input image."""
+    grid: int = 37
+    """Side of the stored position grid in patches: 37 is 518/14, the grid of the released files."""
+    layerscale: float = 1e-5
+    """Initial value of LayerScale (paper Table 16)."""
+    position_offset: float = 0.1
+    """Added to the patch counts when positions are resampled: 0.1 in the plain released models, 0 with registers."""
+    position_antialias: bool = False
+    """Antialias when positions are resampled: off in the plain released models, on with registers."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise OpsinError(
+                f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}: change one of them."
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the feed-forward layer: 4 D, or for SwiGLU 2/3 of that, rounded up to a multiple of 8."""
+        return 4 * self.width if self.ffn == "mlp" else (int(4 * self.width * 2 / 3) + 7) // 8 * 8
+
+
+class Features(NamedTuple):
+    """What a backbone says of a batch of images."""
+
+    cls: Tensor
+    """Class tokens `[B, D]`."""
+    registers: Tensor
+    """Register tokens `[B, R, D]`; R may be 0."""
+    patches: Tensor
+    """Patch tokens `[B, h, w, D]`."""
+
+
+class Kept(NamedTuple):
+    """Samples of one batch that each residual branch computes (stochastic depth by skipping, paper §5)."""
+
+    index: Tensor
+    """`[depth, 2, K]`, integer: for every block and branch (attention, feed-forward) the K samples it computes."""
+
+
+class Layout(NamedTuple):
+    """How one packed batch lies in the token matrix: `images` runs of `tokens` rows."""
+
+    images: int
+    tokens: int
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and projects them: `[B, C, H, W]` to `[B, h, w, D]`."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(arch.channels, arch.width, kernel_size=arch.patch, stride=arch.patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Project the patches of `images`."""
+        projected: Tensor = self.proj(images)
+        return projected.permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each image of a packed token matrix."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.heads = arch.heads
+        self.qkv = nn.Linear(arch.width, 3 * arch.width)
+        self.proj = nn.Linear(arch.width, arch.width)
+
+    def forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        """Attend within every image that `layouts` lists, in order; returns `[T, D]`."""
+        attended = []
+        for (images, tokens), qkv in zip(layouts, self.qkv(x_TD).split([b * n for b, n in layouts]), strict=True):
+            q, k, v = qkv.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
+            out = F.scaled_dot_product_attention(q, k, v)
+            attended.append(out.transpose(1, 2).reshape(images * tokens, -1))
+        projected: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
+        return projected
+
+    def weights(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """The attention matrix `[B, heads, N, N]` that `forward` never forms; for pictures."""
+        qkv = self.qkv(x_TD).view(layout.images, layout.tokens, 3, self.heads, -1)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(arch.width, arch.hidden)
+        self.fc2 = nn.Linear(arch.hidden, arch.width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """`[T, D]` to `[T, D]`."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_TD)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: `w3(silu(a) * b)`, with a and b the two halves of `w12(x)`."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(arch.width, 2 * arch.hidden)
+        self.w3 = nn.Linear(arch.hidden, arch.width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """`[T, D]` to `[T, D]`."""
+        a, b = self.w12(x_TD).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(a) * b)
+        return out
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel (Touvron et al., 2103.17239)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((arch.width,), arch.layerscale))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Scale the channels of `x_TD`."""
+        return x_TD * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(arch.width, eps=1e-6)
+        self.attn = Attention(arch)
+        self.ls1 = LayerScale(arch)
+        self.norm2 = nn.LayerNorm(arch.width, eps=1e-6)
+        self.mlp = Mlp(arch) if arch.ffn == "mlp" else SwiGLU(arch)
+        self.ls2 = LayerScale(arch)
+
+    def forward(self, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Tensor] | None = None) -> Tensor:
+        """One block; `kept` holds for every batch of `layouts` the samples `[2, K]` that each branch computes."""
+        if kept is None:
+            x_TD = x_TD + self._attention(x_TD, layouts)
+            return x_TD + self._feed_forward(x_TD, layouts)
+        x_TD = _on_kept(self._attention, x_TD, layouts, [k[0] for k in kept])
+        return _on_kept(self._feed_forward, x_TD, layouts, [k[1] for k in kept])
+
+    def _attention(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x_TD), layouts))
+        return out
+
+    def _feed_forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        del layouts  # row by row: where an image begins does not matter
+        out: Tensor = self.ls2(self.mlp(self.norm2(x_TD)))
+        return out
+
+
+def _on_kept(branch, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Tensor]) -> Tensor:  # type: ignore[no-untyped-def]
+    """Add `branch` to the kept samples only, times B/K, so that its expectation is that of the full batch."""
+    rows, start = [], 0
+    for (images, tokens), index in zip(layouts, kept, strict=True):
+        rows.append(start + (index[:, None] * tokens + torch.arange(tokens, device=index.device)).flatten())
+        start += images * tokens
+    all_rows = torch.cat(rows)
+    kept_layouts = [Layout(len(index), layout.tokens) for layout, index in zip(layouts, kept, strict=True)]
+    out = branch(x_TD[all_rows], kept_layouts)
+    scaled = torch.cat([
+        part * (layout.images / len(index))
+        for part, layout, index in zip(out.split([len(r) for r in rows]), layouts, kept, strict=True)
+    ])
+    return x_TD.index_add(0, all_rows, scaled.to(x_TD.dtype))
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2's backbone."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.arch = arch
+        self.cls_token = nn.Parameter(torch.empty(1, 1, arch.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + arch.grid**2, arch.width))
+        if arch.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, arch.registers, arch.width))
+        self.mask_token = nn.Parameter(torch.empty(1, arch.width))
+        self.patch_embed = PatchEmbed(arch)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
+        self.norm = nn.LayerNorm(arch.width, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as the reference does; the patch convolution keeps torch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.arch.registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self.arch.layerscale)
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        kept: Sequence[Kept] | None = None,
+    ) -> list[Features]:
+        """Features after the final LayerNorm of every batch in `crops`, computed packed.
+
+        Args:
+            crops: batches `[B, C, H, W]`, each of its own size; H and W are multiples of the patch.
+            masks: for every batch None or booleans `[B, h*w]`: these patches enter as the mask token.
+            kept: for every batch the samples that each branch of each block computes; None computes all.
+        """
+        x_TD, layouts, grids = self._embed(crops, masks)
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, layouts, None if kept is None else [k.index[i] for k in kept])
+        return self._unpack(self.norm(x_TD), layouts, grids)
+
+    def layers(self, images: Tensor, layers: Sequence[int], *, normalise: bool = True) -> list[Features]:
+        """Outputs of the blocks numbered in `layers` (negative counts from the end), in that order.
+
+        `normalise` applies the final LayerNorm to each, as the paper's multi-layer probes do.
+        """
+        depth = len(self.blocks)
+        wrong = [i for i in layers if not -depth <= i < depth]
+        if wrong:
+            raise OpsinError(f"there is no layer {wrong[0]}: this backbone has layers 0 to {depth - 1}.")
+        x_TD, layouts, grids = self._embed([images], None)
+        outputs: dict[int, Features] = {}
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, layouts)
+            if i in layers or i - depth in layers:
+                outputs[i] = self._unpack(self.norm(x_TD) if normalise else x_TD, layouts, grids)[0]
+        return [outputs[i % depth] for i in layers]
+
+    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """Attention matrix `[B, heads, N, N]` of one block, tokens ordered class, registers, patches."""
+        x_TD, layouts, _ = self._embed([images], None)
+        for block in self.blocks[: layer % len(self.blocks)]:
+            x_TD = block(x_TD, layouts)
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        return block.attn.weights(block.norm1(x_TD), layouts[0])
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """The position table `[1, 1 + h*w, D]`, resampled bicubically as the released models do it.
+
+        Plain models pass torch a *scale factor* made with the offset 0.1, which shifts the sampling points; register
+        models pass the size and antialias (FACTS: `interpolate_pos_encoding` of the reference).
+        """
+        grid, offset = self.arch.grid, self.arch.position_offset
+        if h == w == grid:
+            return self.pos_embed
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        patches = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        antialias = self.arch.position_antialias
+        if offset:
+            scale = ((h + offset) / grid, (w + offset) / grid)
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=antialias)
+        else:
+            patches = F.interpolate(patches, size=(h, w), mode="bicubic", antialias=antialias)
+        return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+    def _embed(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None
+    ) -> tuple[Tensor, list[Layout], list[tuple[int, int]]]:
+        """Tokens of all batches as one matrix `[T, D]`, with each batch's layout and patch grid."""
+        packed, layouts, grids = [], [], []
+        for images, mask in zip(crops, masks or [None] * len(crops), strict=True):
+            self._check(images)
+            patches: Tensor = self.patch_embed(images)
+            b, h, w, d = patches.shape
+            x_BND = patches.reshape(b, h * w, d)
+            if mask is not None:
+                x_BND = torch.where(mask[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
+            x_BND = torch.cat([self.cls_token.expand(b, -1, -1), x_BND], dim=1) + self.positions(h, w)
+            if self.arch.registers:  # inserted after the positions are added: registers have none
+                x_BND = torch.cat([x_BND[:, :1], self.register_tokens.expand(b, -1, -1), x_BND[:, 1:]], dim=1)
+            packed.append(x_BND.flatten(0, 1))
+            layouts.append(Layout(b, x_BND.shape[1]))
+            grids.append((h, w))
+        return torch.cat(packed), layouts, grids
+
+    def _unpack(
+        self, x_TD: Tensor, layouts: Sequence[Layout], grids: Sequence[tuple[int, int]]
+    ) -> list[Features]:
+        """Split a packed token matrix into the features of its batches."""
+        features, first = [], 1 + self.arch.registers
+        for layout, (h, w), x in zip(layouts, grids, x_TD.split([b * n for b, n in layouts]), strict=True):
+            x_BND = x.unflatten(0, layout)
+            features.append(Features(x_BND[:, 0], x_BND[:, 1:first], x_BND[:, first:].unflatten(1, (h, w))))
+        return features
+
+    def _check(self, images: Tensor) -> None:
+        patch, channels = self.arch.patch, self.arch.channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise OpsinError(
+                f"the backbone takes images [B, {channels}, H, W], not {list(images.shape)}: add or drop channels, or create "
+                "the backbone with channels=…."
+            )
+        h, w = images.shape[-2:]
+        if h % patch or w % patch or not h or not w:
+            raise OpsinError(
+                f"image height {h} and width {w} must be multiples of the patch {patch}: resize, for example to "
+                f"{max(1, h // patch) * patch}×{max(1, w // patch) * patch}."
+            )

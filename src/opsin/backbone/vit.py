@@ -204,10 +204,12 @@ def _on_kept(branch, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Ten
     all_rows = torch.cat(rows)
     kept_layouts = [Layout(len(index), layout.tokens) for layout, index in zip(layouts, kept, strict=True)]
     out = branch(x_TD[all_rows], kept_layouts)
-    scaled = torch.cat([
-        part * (layout.images / len(index))
-        for part, layout, index in zip(out.split([len(r) for r in rows]), layouts, kept, strict=True)
-    ])
+    scaled = torch.cat(
+        [
+            part * (layout.images / len(index))
+            for part, layout, index in zip(out.split([len(r) for r in rows]), layouts, kept, strict=True)
+        ]
+    )
     return x_TD.index_add(0, all_rows, scaled.to(x_TD.dtype))
 
 
@@ -234,7 +236,7 @@ class VisionTransformer(nn.Module):
         if self.arch.registers:
             nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.zeros_(self.mask_token)
-        for name, module in self.blocks.named_modules():
+        for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -289,7 +291,7 @@ class VisionTransformer(nn.Module):
         """The position table `[1, 1 + h*w, D]`, resampled bicubically as the released models do it.
 
         Plain models pass torch a *scale factor* made with the offset 0.1, which shifts the sampling points; register
-        models pass the size and antialias (FACTS: `interpolate_pos_encoding` of the reference).
+        models pass the size and antialias (`interpolate_pos_encoding` of the reference).
         """
         grid, offset = self.arch.grid, self.arch.position_offset
         if h == w == grid:
@@ -325,9 +327,7 @@ class VisionTransformer(nn.Module):
             grids.append((h, w))
         return torch.cat(packed), layouts, grids
 
-    def _unpack(
-        self, x_TD: Tensor, layouts: Sequence[Layout], grids: Sequence[tuple[int, int]]
-    ) -> list[Features]:
+    def _unpack(self, x_TD: Tensor, layouts: Sequence[Layout], grids: Sequence[tuple[int, int]]) -> list[Features]:
         """Split a packed token matrix into the features of its batches."""
         features, first = [], 1 + self.arch.registers
         for layout, (h, w), x in zip(layouts, grids, x_TD.split([b * n for b, n in layouts]), strict=True):
@@ -339,8 +339,8 @@ class VisionTransformer(nn.Module):
         patch, channels = self.arch.patch, self.arch.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise OpsinError(
-                f"the backbone takes images [B, {channels}, H, W], not {list(images.shape)}: add or drop channels, or create "
-                "the backbone with channels=…."
+                f"the backbone takes images [B, {channels}, H, W], not {list(images.shape)}: add or drop channels, or "
+                "create the backbone with channels=…."
             )
         h, w = images.shape[-2:]
         if h % patch or w % patch or not h or not w:

@@ -1,0 +1,353 @@
+"""Multi-crop augmentation: drawn per image on the CPU, computed for the whole batch on the device that trains.
+
+`draw_crops` turns (seed, sample position) into a plan of plain numbers: boxes, flips, jitter factors. `render` makes
+pixels of a plan. The distributions, their order and the resize are torchvision's (RandomResizedCrop, ColorJitter,
+RandomGrayscale, GaussianBlur, RandomSolarize), which is what the reference uses; unlike there, nothing is rounded to
+8 bits on the way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.data.rng import Floats, Integers, Stream, uniform
+from opsin.errors import OpsinError
+
+Kind = Literal["global", "local"]
+
+
+@dataclass(frozen=True)
+class CropRecipe:
+    """Sizes, counts and distributions of the crops of one image."""
+
+    global_size: int = 224
+    """Side of the two global crops in pixels; a multiple of the patch."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Share of the image's area that a global crop covers."""
+    local_size: int = 98
+    """Side of a local crop in pixels; a multiple of the patch (98 for patch 14, 96 for patch 16)."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Share of the image's area that a local crop covers."""
+    local_count: int = 8
+    """Local crops of an image."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a crop before it is resized to a square, log-uniform."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of the colour jitter."""
+    brightness: float = 0.4
+    """Factor drawn from 1 ± this."""
+    contrast: float = 0.4
+    """Factor drawn from 1 ± this."""
+    saturation: float = 0.2
+    """Factor drawn from 1 ± this."""
+    hue: float = 0.1
+    """Shift drawn from ± this, in turns of the colour circle."""
+    gray: float = 0.2
+    """Probability of dropping the colours."""
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    """Probability of blur for the first global, the second global and the local crops. The paper's text intends
+    (1.0, 0.1, 0.5); the reference hands 1-p to the operator that applies it, and the released weights were trained
+    so: these are the default."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the 9-tap Gaussian in pixels of the crop."""
+    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of inverting the values above one half, for the first global, second global and local crops."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted per channel from values in 0 … 1; one entry per channel."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Divided by, per channel."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise OpsinError(
+                f"crops.mean has {len(self.mean)} entries and crops.std {len(self.std)}: give both one per channel."
+            )
+        if self.local_count < 0:
+            raise OpsinError(f"crops.local_count is {self.local_count}: give 0 or more.")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise OpsinError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < low ≤ high ≤ 1.")
+
+    def count(self, kind: Kind) -> int:
+        """Crops of this kind per image."""
+        return 2 if kind == "global" else self.local_count
+
+    def size(self, kind: Kind) -> int:
+        """Side of a crop of this kind in pixels."""
+        return self.global_size if kind == "global" else self.local_size
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """What was drawn for n crops, ordered crop by crop: row c*B + b is crop c of image b."""
+
+    boxes: Integers
+    """`[n, 4]`: top, left, height, width in pixels of the image."""
+    flip: NDArray[np.bool_]
+    """`[n]`"""
+    jitter: NDArray[np.bool_]
+    """`[n]`: whether brightness, contrast, saturation and hue change."""
+    order: Integers
+    """`[n, 4]`: the order in which these four are applied."""
+    factors: Floats
+    """`[n, 4]`: brightness, contrast and saturation factor, hue shift."""
+    gray: NDArray[np.bool_]
+    """`[n]`"""
+    sigma: Floats
+    """`[n]`: of the blur in pixels; 0 is no blur."""
+    solarize: NDArray[np.bool_]
+    """`[n]`"""
+
+    def rows(self, index: Integers | slice) -> "CropPlan":
+        """The plan of some of the crops."""
+        return CropPlan(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+_TRIES = 10
+_DRAWS = 4 * _TRIES + 14
+
+
+def draw_crops(recipe: CropRecipe, kind: Kind, seed: int, positions: Integers, sizes: Integers) -> CropPlan:
+    """Draw the crops of images at the global sample `positions` `[B]` whose heights and widths are `sizes` `[B, 2]`."""
+    first, count = (0, 2) if kind == "global" else (2, recipe.local_count)
+    u = np.concatenate(
+        [uniform(seed, Stream.CROPS, positions, _DRAWS, offset=(first + crop) * _DRAWS) for crop in range(count)]
+        or [np.zeros((0, _DRAWS))]
+    )
+    scale = recipe.global_scale if kind == "global" else recipe.local_scale
+    boxes = _draw_boxes(u[:, : 4 * _TRIES], np.tile(np.asarray(sizes), (count, 1)), scale, recipe.aspect)
+    rest = u[:, 4 * _TRIES :].T
+    strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    which = np.repeat([0, 1] if kind == "global" else [2] * count, len(positions)).astype(np.int64)
+    low, high = recipe.blur_sigma
+    return CropPlan(
+        boxes=boxes,
+        flip=rest[0] < recipe.flip,
+        jitter=rest[1] < recipe.jitter,
+        order=np.argsort(rest[2:6].T, axis=1, kind="stable"),
+        factors=centre + (2 * rest[6:10].T - 1) * strengths,
+        gray=rest[10] < recipe.gray,
+        sigma=np.where(rest[11] < np.asarray(recipe.blur)[which], low + rest[12] * (high - low), 0.0),
+        solarize=rest[13] < np.asarray(recipe.solarize)[which],
+    )
+
+
+def _draw_boxes(u: Floats, sizes: Integers, scale: tuple[float, float], aspect: tuple[float, float]) -> Integers:
+    """Boxes `[n, 4]` as RandomResizedCrop draws them: the first of ten tries that fits, else a central crop."""
+    height, width = sizes[:, 0, None].astype(np.float64), sizes[:, 1, None].astype(np.float64)
+    area_u, aspect_u, top_u, left_u = u.reshape(len(u), 4, _TRIES).transpose(1, 0, 2)
+    area = height * width * (scale[0] + area_u * (scale[1] - scale[0]))
+    ratio = np.exp(np.log(aspect[0]) + aspect_u * (np.log(aspect[1]) - np.log(aspect[0])))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    top, left = np.floor(top_u * (height - h + 1)), np.floor(left_u * (width - w + 1))
+    tries = np.stack([top, left, h, w], axis=-1)
+    pick = np.argmax(fits, axis=1)
+    boxes = np.take_along_axis(tries, pick[:, None, None], axis=1)[:, 0]
+    # No try fitted: the largest central crop whose aspect is allowed.
+    image_ratio = (width / height)[:, 0]
+    central_w = np.where(image_ratio > aspect[1], np.rint(height[:, 0] * aspect[1]), width[:, 0])
+    central_h = np.where(image_ratio < aspect[0], np.rint(width[:, 0] / aspect[0]), height[:, 0])
+    central_w, central_h = np.minimum(central_w, width[:, 0]), np.minimum(central_h, height[:, 0])
+    central = np.stack([(height[:, 0] - central_h) // 2, (width[:, 0] - central_w) // 2, central_h, central_w], axis=-1)
+    return np.where(fits.any(axis=1)[:, None], boxes, central).astype(np.int64)
+
+
+_CACHE_ROWS = 8
+"""Crops that a CPU works on at a time, so that the temporaries of the photometric operations stay in its cache."""
+
+
+def render(recipe: CropRecipe, kind: Kind, images: Sequence[Tensor], plan: CropPlan) -> Tensor:
+    """Normalised crops `[n, C, S, S]` in fp32, ordered as the plan.
+
+    Args:
+        recipe: for the size, the mean and the standard deviation.
+        kind: global or local.
+        images: `[C, H, W]` uint8, or uint16 or floats in 0 … 1 for other sensors, each of its own size. With C other
+            than 3, brightness and contrast act per channel and hue, saturation and gray are left out.
+        plan: for these images, of `draw_crops`.
+    """
+    channels, device = images[0].shape[0], images[0].device
+    if len(recipe.mean) != channels:
+        raise OpsinError(
+            f"crops.mean and crops.std have {len(recipe.mean)} entries but the images {channels} channels: "
+            "give one entry per channel."
+        )
+    count, size = len(plan.boxes), recipe.size(kind)
+    sources = [images[row % len(images)] for row in range(count)]
+    rows = _CACHE_ROWS if device.type == "cpu" else max(1, count)
+    crops = torch.empty((count, channels, size, size), device=device)
+    mean, std = (crops.new_tensor(v)[:, None, None] for v in (recipe.mean, recipe.std))
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        crops[part] = (_augment(sources[part], plan.rows(part), size) - mean) / std
+    return crops
+
+
+def _augment(images: Sequence[Tensor], plan: CropPlan, size: int) -> Tensor:
+    """Crops `[n, C, size, size]` in 0 … 1 of n images, in the reference's order of operations."""
+    resize = resize_by_kernel if images[0].device.type == "cpu" else resize_by_products
+    x = resize(images, plan.boxes, size)
+    x = _on(x, plan.flip, lambda part, _: part.flip(-1))
+    colour = x.shape[1] == 3
+    operations = [brightness, contrast, saturation, hue] if colour else [brightness, contrast]
+    for turn in range(4):
+        for number, operation in enumerate(operations):
+            x = _on(x, plan.jitter & (plan.order[:, turn] == number), operation, plan.factors[:, number])
+    if colour:
+        x = _on(x, plan.gray, lambda part, _: grayscale(part).expand_as(part))
+    x = _on(x, plan.sigma > 0, blur, plan.sigma)
+    return _on(x, plan.solarize, lambda part, _: solarize(part))
+
+
+def _on(
+    x: Tensor, where: NDArray[np.bool_], operation: Callable[[Tensor, Tensor], Tensor], values: Floats | None = None
+) -> Tensor:
+    """Apply `operation` to the crops chosen by `where`, with their `values`; which ones is known without a sync."""
+    rows = np.flatnonzero(where)
+    if len(rows) == 0:
+        return x
+    index = torch.from_numpy(rows).to(x.device)
+    chosen = torch.from_numpy(np.zeros(len(rows)) if values is None else values[rows]).to(x.device, x.dtype)
+    if len(rows) == len(x):
+        return operation(x, chosen)
+    return x.index_copy_(0, index, operation(x[index], chosen))
+
+
+def as_unit(image: Tensor) -> Tensor:
+    """Integers scaled to 0 … 1 by the range of their type, floats as they are; at least fp32."""
+    scale = 1.0 if image.dtype.is_floating_point else 1.0 / torch.iinfo(image.dtype).max
+    return image.to(torch.promote_types(image.dtype, torch.float32)) * scale
+
+
+def resize_by_kernel(images: Sequence[Tensor], boxes: Integers, size: int) -> Tensor:
+    """Cut box i `[n, 4]` out of image i and resize it with torch's antialiased bicubic kernel: fastest on a CPU.
+
+    Returns `[n, C, size, size]` in 0 … 1.
+    """
+    crops = []
+    for row, (top, left, height, width) in enumerate(boxes.tolist()):
+        window = images[row][None, :, top : top + height, left : left + width]
+        crops.append(F.interpolate(as_unit(window), size=(size, size), mode="bicubic", antialias=True))
+    return torch.cat(crops).clamp_(0, 1)
+
+
+_BUCKET = 64
+"""Windows are padded to multiples of this, so that crops of similar size share one batched product."""
+
+
+def resize_by_products(images: Sequence[Tensor], boxes: Integers, size: int) -> Tensor:
+    """The same pixels as `resize_by_kernel` by two batched matrix products per bucket of windows: fastest on a GPU."""
+    out: Tensor | None = None
+    padded = np.stack([-(-boxes[:, 2] // _BUCKET) * _BUCKET, -(-boxes[:, 3] // _BUCKET) * _BUCKET], axis=1)
+    for bucket_height, bucket_width in np.unique(padded, axis=0).tolist():
+        rows = np.flatnonzero((padded == (bucket_height, bucket_width)).all(axis=1))
+        first = images[0]
+        windows = first.new_zeros((len(rows), first.shape[0], bucket_height, bucket_width))
+        for window, row in zip(windows, rows.tolist(), strict=True):
+            top, left, height, width = boxes[row].tolist()
+            window[:, :height, :width] = images[row][:, top : top + height, left : left + width]
+        rows_matrix = _bicubic_matrices(boxes[rows, 2], size, bucket_height, first.device)
+        columns_matrix = _bicubic_matrices(boxes[rows, 3], size, bucket_width, first.device)
+        part = rows_matrix[:, None] @ as_unit(windows) @ columns_matrix[:, None].transpose(-1, -2)
+        if out is None:
+            out = part.new_empty((len(boxes), *part.shape[1:]))
+        out.index_copy_(0, torch.from_numpy(rows).to(out.device), part)
+    assert out is not None
+    return out.clamp_(0, 1)
+
+
+def _bicubic_matrices(lengths: Integers, size: int, padded: int, device: torch.device) -> Tensor:
+    """`[n, size, padded]`: row o holds the weights with which pixel o of the output sees the first `length` inputs.
+
+    Bicubic with a = -0.5, widened by the reduction factor (antialias) and normalised at the borders, as Pillow does.
+    """
+    length = torch.from_numpy(lengths).to(device, torch.float32)[:, None, None]
+    ratio = length / size
+    stretch = ratio.clamp(min=1)
+    centre = (torch.arange(size, device=device)[:, None] + 0.5) * ratio
+    pixel = torch.arange(padded, device=device)
+    x = ((pixel + 0.5 - centre) / stretch).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    weight = torch.where((x < 2) & (pixel < length), weight, 0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+# Photometric operations on [n, C, S, S] in 0 … 1 with one factor per crop; each result is clamped, as torchvision's.
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    f = factor[:, None, None, None]
+    return (f * x + (1 - f) * other).clamp_(0, 1)
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by `factor` `[n]`."""
+    return (x * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the crop's mean gray, or per channel with its mean where there is no gray."""
+    gray = grayscale(x) if x.shape[1] == 3 else x
+    return _blend(x, gray.mean(dim=(-2, -1), keepdim=True), factor)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the gray of every pixel."""
+    return _blend(x, grayscale(x), factor)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """`[n, 1, S, S]`: luma with the weights of ITU-R BT.601."""
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colour circle by `shift` `[n]` turns, in HSV."""
+    red, green, blue = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    safe = torch.where(chroma == 0, 1, chroma)
+    sextant = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sextant = (sextant + 6 * shift[:, None, None]) % 6
+    # Each channel is the value less a share of the chroma that depends on its distance around the circle.
+    channels = []
+    for start in (5, 3, 1):
+        k = (start + sextant) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Invert the values from 128/255 up."""
+    return torch.where(x >= 128 / 255, 1 - x, x)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with 9 taps and reflected borders, as two products with one band matrix per crop."""
+    size = x.shape[-1]
+    offsets = torch.arange(-4, 5, device=x.device, dtype=x.dtype)
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    taps = taps / taps.sum(-1, keepdim=True)
+    source = torch.arange(size, device=x.device)[:, None] + torch.arange(-4, 5, device=x.device)
+    source = source.abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)  # reflection without repeating the border
+    band = x.new_zeros((len(x), size, size))
+    band.scatter_add_(2, source.expand(len(x), -1, -1), taps[:, None, :].expand(-1, size, -1).contiguous())
+    return band[:, None] @ x @ band[:, None].transpose(-1, -2)

@@ -71,13 +71,6 @@ class Features(NamedTuple):
     """Patch tokens `[B, h, w, D]`."""
 
 
-class Kept(NamedTuple):
-    """Samples of one batch that each residual branch computes (stochastic depth by skipping, paper §5)."""
-
-    index: Tensor
-    """`[depth, 2, K]`, integer: for every block and branch (attention, feed-forward) the K samples it computes."""
-
-
 class Layout(NamedTuple):
     """How one packed batch lies in the token matrix: `images` runs of `tokens` rows."""
 
@@ -110,7 +103,9 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Attend within every image that `layouts` lists, in order; returns `[T, D]`."""
         attended = []
-        for (images, tokens), qkv in zip(layouts, self.qkv(x_TD).split([b * n for b, n in layouts]), strict=True):
+        for (images, tokens), qkv in zip(
+            layouts, torch.split(self.qkv(x_TD), [b * n for b, n in layouts]), strict=True
+        ):
             q, k, v = qkv.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
             out = F.scaled_dot_product_attention(q, k, v)
             attended.append(out.transpose(1, 2).reshape(images * tokens, -1))
@@ -207,7 +202,7 @@ def _on_kept(branch, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Ten
     scaled = torch.cat(
         [
             part * (layout.images / len(index))
-            for part, layout, index in zip(out.split([len(r) for r in rows]), layouts, kept, strict=True)
+            for part, layout, index in zip(torch.split(out, [len(r) for r in rows]), layouts, kept, strict=True)
         ]
     )
     return x_TD.index_add(0, all_rows, scaled.to(x_TD.dtype))
@@ -247,18 +242,19 @@ class VisionTransformer(nn.Module):
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
-        kept: Sequence[Kept] | None = None,
+        kept: Sequence[Tensor] | None = None,
     ) -> list[Features]:
         """Features after the final LayerNorm of every batch in `crops`, computed packed.
 
         Args:
             crops: batches `[B, C, H, W]`, each of its own size; H and W are multiples of the patch.
             masks: for every batch None or booleans `[B, h*w]`: these patches enter as the mask token.
-            kept: for every batch the samples that each branch of each block computes; None computes all.
+            kept: for every batch integers `[depth, 2, K]`: the K samples that each block's attention and feed-forward
+                compute (stochastic depth by skipping, paper §5), their result scaled by B/K; None computes all.
         """
         x_TD, layouts, grids = self._embed(crops, masks)
         for i, block in enumerate(self.blocks):
-            x_TD = block(x_TD, layouts, None if kept is None else [k.index[i] for k in kept])
+            x_TD = block(x_TD, layouts, None if kept is None else [k[i] for k in kept])
         return self._unpack(self.norm(x_TD), layouts, grids)
 
     def layers(self, images: Tensor, layers: Sequence[int], *, normalise: bool = True) -> list[Features]:
@@ -266,10 +262,8 @@ class VisionTransformer(nn.Module):
 
         `normalise` applies the final LayerNorm to each, as the paper's multi-layer probes do.
         """
+        self._check_layers(layers)
         depth = len(self.blocks)
-        wrong = [i for i in layers if not -depth <= i < depth]
-        if wrong:
-            raise OpsinError(f"there is no layer {wrong[0]}: this backbone has layers 0 to {depth - 1}.")
         x_TD, layouts, grids = self._embed([images], None)
         outputs: dict[int, Features] = {}
         for i, block in enumerate(self.blocks):
@@ -280,6 +274,7 @@ class VisionTransformer(nn.Module):
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
         """Attention matrix `[B, heads, N, N]` of one block, tokens ordered class, registers, patches."""
+        self._check_layers([layer])
         x_TD, layouts, _ = self._embed([images], None)
         for block in self.blocks[: layer % len(self.blocks)]:
             x_TD = block(x_TD, layouts)
@@ -297,7 +292,7 @@ class VisionTransformer(nn.Module):
         if h == w == grid:
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        patches = patches.view(1, grid, grid, -1).permute(0, 3, 1, 2)
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
         antialias = self.arch.position_antialias
         if offset:
@@ -330,10 +325,15 @@ class VisionTransformer(nn.Module):
     def _unpack(self, x_TD: Tensor, layouts: Sequence[Layout], grids: Sequence[tuple[int, int]]) -> list[Features]:
         """Split a packed token matrix into the features of its batches."""
         features, first = [], 1 + self.arch.registers
-        for layout, (h, w), x in zip(layouts, grids, x_TD.split([b * n for b, n in layouts]), strict=True):
-            x_BND = x.unflatten(0, layout)
-            features.append(Features(x_BND[:, 0], x_BND[:, 1:first], x_BND[:, first:].unflatten(1, (h, w))))
+        for layout, (h, w), x in zip(layouts, grids, torch.split(x_TD, [b * n for b, n in layouts]), strict=True):
+            x_BND = x.view(*layout, -1)
+            features.append(Features(x_BND[:, 0], x_BND[:, 1:first], x_BND[:, first:].view(layout.images, h, w, -1)))
         return features
+
+    def _check_layers(self, layers: Sequence[int]) -> None:
+        depth = len(self.blocks)
+        if wrong := [i for i in layers if not -depth <= i < depth]:
+            raise OpsinError(f"there is no layer {wrong[0]}: this backbone has layers 0 to {depth - 1}.")
 
     def _check(self, images: Tensor) -> None:
         patch, channels = self.arch.patch, self.arch.channels

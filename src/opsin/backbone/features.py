@@ -1,0 +1,218 @@
+"""From images to features: a backbone with its weights and the preprocessing that it expects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from opsin.backbone import registry
+from opsin.backbone import weights as files
+from opsin.backbone.vit import Features, VisionTransformer
+from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.errors import OpsinError, unknown
+
+RawImage = Tensor | Image.Image
+"""A uint8 RGB tensor `[3, H, W]`, or a PIL image of any mode."""
+
+
+class FeatureExtractor:
+    """A backbone in eval mode with the preprocessing that it expects.
+
+    An image is a uint8 tensor `[3, H, W]` or a PIL image: its EXIF orientation is applied, alpha is dropped, 16 bit is
+    scaled to 8. It is resized with its aspect kept: the shorter side to `size` pixels, then both sides to the nearest
+    multiple of the patch, in one antialiased bicubic resize without a crop; then scaled to [0, 1] and normalised with
+    ImageNet's mean and standard deviation. What already is a float batch `[B, C, H, W]` is taken as it is.
+    """
+
+    def __init__(self, backbone: VisionTransformer, report: files.LoadReport | None = None) -> None:
+        self.backbone = backbone.eval()
+        self.report = report
+        """What was loaded, when weights were."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is; images may be anywhere."""
+        return self.backbone.cls_token.device
+
+    def preprocess(self, image: RawImage, size: int = 224) -> Tensor:
+        """One image, ready for the backbone: float32 `[3, H, W]` on the image's device, H and W multiples of the patch.
+
+        Raises:
+            OpsinError: when `image` is not an image, or the backbone does not take three channels.
+        """
+        if (channels := self.backbone.arch.channels) != 3:
+            raise OpsinError(
+                f"only RGB images are prepared, and this backbone takes {channels} channels: pass float batches "
+                f"[B, {channels}, H, W], normalised as in training."
+            )
+        if size < 1:
+            raise OpsinError(f"size {size} is no number of pixels: give the shorter side, for example 224.")
+        pixels = _pixels(image)
+        h, w = pixels.shape[-2:]
+        patch, scale = self.backbone.arch.patch, size / min(h, w)
+        target = [max(1, int(side * scale / patch + 0.5)) * patch for side in (h, w)]
+        return _normalise(_resize(pixels, target))
+
+    @overload
+    def features(
+        self,
+        images: Tensor | Image.Image | Sequence[RawImage],
+        layers: None = None,
+        normalise: bool = True,
+        size: int = 224,
+    ) -> Features: ...
+
+    @overload
+    def features(
+        self,
+        images: Tensor | Image.Image | Sequence[RawImage],
+        layers: Sequence[int],
+        normalise: bool = True,
+        size: int = 224,
+    ) -> list[Features]: ...
+
+    @torch.no_grad()  # not inference_mode, whose tensors cannot train a head
+    def features(
+        self,
+        images: Tensor | Image.Image | Sequence[RawImage],
+        layers: Sequence[int] | None = None,
+        normalise: bool = True,
+        size: int = 224,
+    ) -> Features | list[Features]:
+        """Features of a batch, on the backbone's device: cls `[B, D]`, registers `[B, R, D]`, patches `[B, h, w, D]`.
+
+        Args:
+            images: one image, a list of images that come out at one size, or a float batch `[B, C, H, W]` that is
+                prepared already. Images of different shapes go through `each`.
+            layers: blocks whose outputs are wanted (0 is the first, -1 the last), as a list in that order; None gives
+                the last one's alone.
+            normalise: apply the final LayerNorm to chosen layers; without `layers` it always is.
+            size: the shorter side in pixels, for images that are prepared here.
+
+        Raises:
+            OpsinError: when an image is none, the shapes differ or do not fit the patch, or a layer does not exist.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            batch = images
+        else:
+            prepared = self._prepare(images, size)
+            shapes = sorted({tuple(image.shape[-2:]) for image in prepared})
+            if len(shapes) > 1:
+                found = ", ".join(f"{h}×{w}" for h, w in shapes[:3])
+                raise OpsinError(
+                    f"the images come out at {len(shapes)} sizes ({found}…) and do not fit one batch: use "
+                    "each(images), which returns features image by image."
+                )
+            batch = torch.stack(prepared)
+        batch = batch.to(self.device, self.backbone.cls_token.dtype)
+        if layers is None:
+            found_features: list[Features] = self.backbone([batch])
+            return found_features[0]
+        return self.backbone.layers(batch, layers, normalise=normalise)
+
+    @torch.no_grad()
+    def each(self, images: Sequence[RawImage], size: int = 224) -> list[Features]:
+        """Features of every image by itself (B is 1), in order; the images may differ in shape and run packed."""
+        prepared = self._prepare(images, size)
+        groups: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(prepared):
+            groups.setdefault(image.shape, []).append(i)
+        dtype = self.backbone.cls_token.dtype
+        batches = [torch.stack([prepared[i] for i in group]).to(self.device, dtype) for group in groups.values()]
+        out: dict[int, Features] = {}
+        for group, found in zip(groups.values(), self.backbone(batches), strict=True):
+            for row, i in enumerate(group):
+                out[i] = Features(*(tensor[row : row + 1] for tensor in found))
+        return [out[i] for i in range(len(prepared))]
+
+    def _prepare(self, images: Tensor | Image.Image | Sequence[RawImage], size: int) -> list[Tensor]:
+        one = isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3)
+        listed: list[RawImage] = [images] if one else list(images)  # type: ignore[list-item,arg-type]
+        if not listed:
+            raise OpsinError("there are no images to take features of: pass at least one.")
+        return [self.preprocess(image, size) for image in listed]
+
+
+def load(
+    name_or_path: str | Path, weights: str | Path | None = None, device: str | torch.device | None = None
+) -> FeatureExtractor:
+    """A backbone with its weights, ready to give features; nothing is downloaded.
+
+    Args:
+        name_or_path: the name of an architecture together with `weights`; or a file or folder alone, from which the
+            architecture is read (see `opsin.backbone.weights` for the forms).
+        weights: a file or folder of weights, for a name.
+        device: where to put the backbone; the CPU if not given.
+
+    Returns:
+        A `FeatureExtractor` whose `report` says what was matched.
+
+    Raises:
+        OpsinError: an unknown name, no weights, or weights that do not fit.
+    """
+    if name_or_path in registry.names():
+        if weights is None:
+            raise OpsinError(
+                f"'{name_or_path}' names an architecture and weights are not downloaded: pass weights=PATH, for "
+                f"example a file of the official release, or opsin.create('{name_or_path}') for a fresh initialisation."
+            )
+        backbone = files.empty(registry.architecture(str(name_or_path)), device)
+        return FeatureExtractor(backbone, files.load(backbone, weights))
+    if not Path(name_or_path).exists():
+        raise unknown("backbone (and no such file or folder)", str(name_or_path), registry.names())
+    if weights is not None:
+        raise OpsinError(
+            f"weights are given twice, as {name_or_path} and {weights}: pass the name of an architecture with weights, "
+            "or one path alone."
+        )
+    return FeatureExtractor(*files.restore(name_or_path, device))
+
+
+def evaluation_transform(image: Tensor, size: int) -> Tensor:
+    """The square crop on which classifiers are evaluated: uint8 `[3, H, W]` to float32 `[3, size, size]`.
+
+    As in the reference's evaluation: the shorter side is resized to `size * 256 / 224` (256 for 224) with antialiased
+    bicubic, the centre is cropped, and the result normalised as the backbone expects.
+    """
+    pixels = _pixels(image)
+    h, w = pixels.shape[-2:]
+    shorter = round(size * 256 / 224)
+    resized = _resize(pixels, [shorter * side // min(h, w) for side in (h, w)])
+    top, left = (round((side - size) / 2) for side in resized.shape[-2:])
+    return _normalise(resized[:, top : top + size, left : left + size])
+
+
+def _pixels(image: RawImage) -> Tensor:
+    """A uint8 RGB tensor `[3, H, W]` of any accepted image."""
+    if isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bit, which Pillow's own conversion would clip instead of scale
+            values = np.asarray(upright).astype(np.float64) / 257 + 0.5
+            grey = torch.from_numpy(values.clip(0, 255).astype(np.uint8))
+            return grey.expand(3, -1, -1)
+        if upright.mode == "F":
+            raise OpsinError(
+                "a PIL image of floating-point values has no known range: convert it to RGB, or pass a prepared float "
+                "batch [B, 3, H, W]."
+            )
+        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise OpsinError(f"an image must be a uint8 tensor [3, H, W] or a PIL image, not {given}: convert it.")
+    return image
+
+
+def _resize(pixels: Tensor, size: list[int]) -> Tensor:
+    """Antialiased bicubic, in float; what overshoots black or white is clamped, as 8-bit resizing does."""
+    resized = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True)
+    return resized[0].clamp_(0, 255)
+
+
+def _normalise(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels / 255 - mean) / std

@@ -1,0 +1,270 @@
+"""Weights in and out: strict, and self-describing.
+
+`save` writes safetensors whose header names the architecture. `load` reads those and the files that others write:
+
+- official flat `.pth` files, and training dumps `{"teacher": {"backbone.…", "dino_head.…"}}`, also with chunked block
+  keys (`blocks.{chunk}.{i}.`) and the prefixes that compiled or replicated modules leave behind;
+- Hugging Face `Dinov2Model` and `Dinov2WithRegistersModel` folders, also sharded or with a classifier on top;
+- timm state dicts.
+
+Whatever in a file does not fit and has no stated reason is an error; nothing is ever loaded partially. Pickles are read
+with torch's restricted reader, which refuses code.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opsin.backbone import registry
+from opsin.backbone.formats import FORMAT, Contents, open_weights, some
+from opsin.backbone.vit import Architecture, VisionTransformer
+from opsin.errors import OpsinError
+
+_VISIBLE = ("width", "depth", "patch", "ffn", "registers", "channels")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor; `str()` gives a short summary."""
+
+    source: str
+    """Where the weights came from."""
+    described: bool
+    """Whether the source itself names its architecture; if not, only what shapes show was compared."""
+    matched: list[str]
+    """Tensors taken over as they are."""
+    reshaped: list[str]
+    """Tensors resampled to fit (the position table, when asked)."""
+    missing: list[str]
+    """Tensors of the model that the source lacks; each has its reason in `explained`."""
+    unexpected: list[str]
+    """Tensors of the source that the model lacks; each has its reason in `explained`."""
+    explained: dict[str, str]
+    """Why a missing or unexpected name is no error."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What was given to `save`, for our own files."""
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, k))} {k}" for k in ("matched", "missing", "unexpected", "reshaped"))
+        lines = [f"{self.source}: {counts}"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.explained.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"  {some(found)}: {reason}" for reason, found in reasons.items()]
+        if not self.described:
+            lines.append("  architecture inferred from the shapes; heads and position rule are not visible in the file")
+        return "\n".join(lines)
+
+
+def save(model: VisionTransformer, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `model` as safetensors that name their architecture; a crash leaves the old file or the new one.
+
+    Raises:
+        OpsinError: when `path` cannot be written.
+    """
+    path = Path(path)
+    header = {
+        **(metadata or {}),
+        "opsin.format": str(FORMAT),
+        "opsin.architecture": json.dumps(asdict(model.arch)),
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, beside, header)
+        with open(beside, "rb+") as written:
+            os.fsync(written.fileno())
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OpsinError(f"cannot write weights to {path} ({error}): free some space or choose another path.") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], Architecture | None]:
+    """The tensors of any readable source in our names, and the architecture where the source names one.
+
+    Raises:
+        OpsinError: when `path` cannot be read, is damaged, or is a pickle that holds more than tensors.
+    """
+    contents = open_weights(Path(path))
+    return contents.state, contents.arch
+
+
+def infer(state: Mapping[str, Tensor], source: str = "the state dict") -> Architecture:
+    """The architecture that the shapes of `state` (in our names) show.
+
+    Heads leave no trace in the shapes: they are taken as width / 64, as in every released model. So does the rule for
+    resampling positions, which is taken from the released models with or without registers.
+    """
+    seen = _visible(state, source)
+    if seen["width"] % 64:
+        raise OpsinError(
+            f"{source} has width {seen['width']}, from which the number of heads cannot be told: create the backbone "
+            "with its heads, then load the weights into it."
+        )
+    registers = seen["registers"] > 0
+    return Architecture(
+        **seen,
+        heads=seen["width"] // 64,
+        grid=_grid(state["pos_embed"], source),
+        position_offset=0.0 if registers else 0.1,
+        position_antialias=registers,
+    )
+
+
+def load(model: VisionTransformer, source: str | Path, *, resample_positions: bool = False) -> LoadReport:
+    """Copy weights into `model`: all of them, or none and an error.
+
+    Args:
+        model: the backbone to fill.
+        source: a file or folder in any of the forms that this module lists.
+        resample_positions: take a position table of another size, resampled as `VisionTransformer.positions` does; the
+            model then computes at its own size what the source would have computed there.
+
+    Raises:
+        OpsinError: another architecture, tensors missing, unexpected or of another shape, NaN or infinite values.
+    """
+    return _fill(model, open_weights(Path(source)), str(source), resample_positions)
+
+
+def restore(source: str | Path, device: str | torch.device | None = None) -> tuple[VisionTransformer, LoadReport]:
+    """A new backbone of the architecture that `source` names or shows, with its weights.
+
+    Raises:
+        OpsinError: as `load` and `infer`.
+    """
+    contents = open_weights(Path(source))
+    model = empty(contents.arch or infer(contents.state, str(source)), device)
+    return model, _fill(model, contents, str(source), resample_positions=False)
+
+
+def empty(arch: Architecture, device: str | torch.device | None = None) -> VisionTransformer:
+    """A backbone whose weights are not initialised, for `load` to fill; spares the time of drawing random ones."""
+    with torch.device("meta"):
+        model = VisionTransformer(arch)
+    return model.to_empty(device=device or "cpu")
+
+
+def _fill(model: VisionTransformer, contents: Contents, where: str, resample_positions: bool) -> LoadReport:
+    state = contents.state
+    _check_architecture(model, contents, where)
+    reshaped = []
+    if "pos_embed" in state and (grid := _grid(state["pos_embed"], where)) != model.arch.grid:
+        if not resample_positions:
+            raise OpsinError(
+                f"{where} has a position grid of {grid}×{grid}, not {model.arch.grid}×{model.arch.grid} as the model: "
+                f"create the model with grid={grid}, or resample it with resample_positions=True."
+            )
+        state["pos_embed"] = _resample(state["pos_embed"], model.arch, grid)
+        reshaped.append("pos_embed")
+    _check_tensors(model.state_dict(), state, where)
+    model.load_state_dict(state)
+    changed = {*reshaped, *contents.filled}
+    return LoadReport(
+        source=where,
+        described=contents.arch is not None,
+        matched=[name for name in state if name not in changed],
+        reshaped=reshaped,
+        missing=list(contents.filled),
+        unexpected=list(contents.ignored),
+        explained=contents.filled | contents.ignored,
+        metadata=contents.metadata,
+    )
+
+
+def _check_architecture(model: VisionTransformer, contents: Contents, where: str) -> None:
+    """Refuse another architecture in one sentence, before a list of shapes buries the reason."""
+    if contents.arch is None:
+        theirs = _visible(contents.state, where)
+    else:
+        theirs = asdict(contents.arch)
+        del theirs["layerscale"], theirs["grid"]  # an initial value, and what `resample_positions` is for
+    ours = {name: value for name, value in asdict(model.arch).items() if name in theirs}
+    if differing := [f"{name} {theirs[name]} (model: {ours[name]})" for name in theirs if theirs[name] != ours[name]]:
+        raise OpsinError(
+            f"{where} holds {_describe(theirs)} and the model is {_describe(ours)}, which differ in "
+            f"{', '.join(differing)}: create the model to fit the weights, or pass weights that fit the model."
+        )
+
+
+def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that are missing, unexpected, of another shape, or not finite."""
+    missing = [name for name in ours if name not in theirs]
+    unexpected = [name for name in theirs if name not in ours]
+    shapes = [
+        f"{name} {list(theirs[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in ours.items()
+        if name in theirs and theirs[name].shape != tensor.shape
+    ]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if any(wrong.values()):
+        found = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in wrong.items() if names)
+        raise OpsinError(
+            f"{where} does not fit the model ({found}): nothing was loaded; pass the complete file of one backbone, "
+            "with every tensor named as its source names it."
+        )
+    if bad := [name for name, tensor in theirs.items() if not torch.isfinite(tensor).all()]:
+        raise OpsinError(
+            f"{where} holds NaN or infinite values in {some(bad)}: nothing was loaded; use weights saved before the "
+            "training diverged, or fetch the file again."
+        )
+
+
+def _resample(table: Tensor, arch: Architecture, grid: int) -> Tensor:
+    """The position table `[1, 1 + grid*grid, D]` resampled for `arch`."""
+    source = VisionTransformer(replace(arch, grid=grid, width=table.shape[2], heads=1, depth=0)).to(table.dtype)
+    with torch.no_grad():
+        source.pos_embed.copy_(table)
+        return source.positions(arch.grid, arch.grid)
+
+
+def _visible(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The fields of `Architecture` that shapes show, but for the grid."""
+    blocks = [int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)]
+    patches = state.get("patch_embed.proj.weight")
+    if patches is None or patches.ndim != 4 or "pos_embed" not in state or not blocks:
+        raise OpsinError(
+            f"{source} holds no vision transformer in any known form (its first tensors: {some(list(state))}): pass a "
+            "backbone of DINOv2, from Opsin, the official release, transformers or timm."
+        )
+    registers = state.get("register_tokens")
+    return {
+        "width": patches.shape[0],
+        "depth": max(blocks) + 1,
+        "patch": patches.shape[-1],
+        "ffn": "swiglu" if any(".mlp.w12." in name for name in state) else "mlp",
+        "registers": 0 if registers is None else registers.shape[1],
+        "channels": patches.shape[1],
+    }
+
+
+def _grid(table: Tensor, source: str) -> int:
+    grid = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 else 0
+    if not grid or 1 + grid**2 != table.shape[1]:
+        raise OpsinError(
+            f"{source} has a position table of shape {list(table.shape)}, which is not a class position and a square "
+            "grid: only square grids can be read."
+        )
+    return grid
+
+
+def _describe(fields: dict[str, Any]) -> str:
+    """The name of an architecture, or its fields."""
+    for name in registry.names():
+        known = asdict(registry.architecture(name))
+        if all(known[key] == value for key, value in fields.items()):
+            return name
+    return "a backbone of " + ", ".join(f"{key} {fields[key]}" for key in _VISIBLE)

@@ -1,0 +1,167 @@
+"""Decode the images of a source in threads, and get past files that are broken.
+
+Threads, not processes: JPEG and PNG decoding leave the interpreter to other threads, and pixels are never copied
+between processes.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from opsin.data.decode import DecodeError, decode, shown
+from opsin.data.sources import Source
+from opsin.errors import OpsinError
+
+TRIES = 100
+"""Files that are tried for one image: the one asked for and those that follow it."""
+TOLERATED = 10
+"""Fewer bad files than this never stop a run, whatever their share."""
+
+
+class Batch:
+    """Images that are being decoded."""
+
+    def __init__(self, images: list[Future[Tensor]]) -> None:
+        self._images = images
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return all(image.done() for image in self._images)
+
+    def result(self) -> list[Tensor]:
+        """Wait for the images, in the order in which they were asked for; raises what their decoding raised."""
+        try:
+            return [image.result() for image in self._images]
+        except BaseException:
+            for image in self._images:
+                image.cancel()
+            raise
+
+
+class ImageReader:
+    """Images of a source by index, each as uint8 RGB `[3, H, W]` of its own size (see `decode`).
+
+    A file that cannot be decoded is replaced by the next readable one (index + 1, + 2, … around the end), so what an
+    index gives depends on the files alone: not on threads, nor on what was read before. It is logged and counted once.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        workers: int,
+        max_bad_fraction: float = 0.01,
+        log: Path | None = None,
+        max_pixels: int = 200_000_000,
+        min_side: int | None = None,
+    ) -> None:
+        """Start `workers` threads.
+
+        Args:
+            source: where the images are.
+            workers: threads that decode.
+            max_bad_fraction: the largest tolerated share of bad files among those tried.
+            log: file to which a JSON line with index, path and reason is appended for each bad file.
+            max_pixels: see `decode`.
+            min_side: see `decode`; ask for it only if every crop window keeps at least twice its output's size.
+        """
+        self.source = source
+        self.max_bad_fraction = max_bad_fraction
+        self.bad: dict[int, str] = {}
+        """Index and reason of the bad files met so far."""
+        self._log = log
+        self._max_pixels = max_pixels
+        self._min_side = min_side
+        self._good = bytearray(len(source))
+        self._good_count = 0
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def read(self, index: int) -> Tensor:
+        """The image at `index`, or the one that replaces it.
+
+        Raises:
+            OpsinError: more than `max_bad_fraction` of the files tried, and at least 10, are bad; or none of the 100
+                files from `index` on can be decoded.
+        """
+        count = len(self.source)
+        if not 0 <= index < count:
+            raise IndexError(f"image {index} of a source with {count}")
+        for candidate in range(index, index + min(TRIES, count)):
+            candidate %= count
+            if candidate in self.bad:
+                continue
+            try:
+                image = decode(self.source.path(candidate), max_pixels=self._max_pixels, min_side=self._min_side)
+            except DecodeError as error:
+                self._count_bad(candidate, error.reason)
+            else:
+                self._count_good(candidate)
+                return image
+        raise self._too_many(f"none of {min(TRIES, count)} successive files can be decoded")
+
+    def read_many(self, indices: Sequence[int]) -> list[Tensor]:
+        """The images at `indices`, in that order, decoded in parallel."""
+        return self.submit(indices).result()
+
+    def submit(self, indices: Sequence[int]) -> Batch:
+        """Start decoding the images at `indices` and return at once."""
+        return Batch([self._pool.submit(self.read, index) for index in indices])
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the rest."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _count_good(self, index: int) -> None:
+        with self._lock:
+            self._good_count += not self._good[index]
+            self._good[index] = 1
+
+    def _count_bad(self, index: int, reason: str) -> None:
+        with self._lock:
+            if index not in self.bad:  # another thread may have met it meanwhile
+                self._write(index, reason)
+                self.bad[index] = reason
+            bad = len(self.bad)
+            tried = bad + self._good_count
+        if bad >= TOLERATED and bad > self.max_bad_fraction * tried:
+            raise self._too_many(
+                f"{bad} of the {tried} files tried cannot be decoded, more than data.max_bad_fraction = "
+                f"{self.max_bad_fraction:g} allows",
+                ", or allow more with --data-max-bad-fraction",
+            )
+
+    def _write(self, index: int, reason: str) -> None:
+        if self._log is None:
+            return
+        line = json.dumps({"index": index, "path": shown(self.source.path(index)), "reason": reason})
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise OpsinError(
+                f"cannot log a bad file in {shown(self._log)} ({error.strerror}): choose another output folder or free "
+                "some space."
+            ) from error
+
+    def _too_many(self, finding: str, instead: str = "") -> OpsinError:
+        with self._lock:
+            examples = [f"{shown(self.source.paths[i])} ({reason})" for i, reason in sorted(self.bad.items())[:3]]
+        listed = "" if self._log is None else f" ({shown(self._log)} lists all)"
+        return OpsinError(
+            f"{finding}, for example {', '.join(examples)}: mend or remove the bad files of "
+            f"{shown(self.source.root)}{listed}{instead}."
+        )

@@ -1,0 +1,346 @@
+"""Pretraining: the whole story of a run, top to bottom.
+
+    images → batches of crops → teacher's targets → student's losses → clipped gradients → AdamW → teacher's average
+
+Everything that a step sees is a function of (seed, step), so the state of a run is: both networks, the moments, the
+step. The same command goes on where a stopped or killed run left off, bit for bit on a CPU.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+import opsin
+from opsin.backbone import weights
+from opsin.data.decode import DECODER
+from opsin.data.reader import ImageReader
+from opsin.data.sources import Source, scan, summarise
+from opsin.data.stream import Stream
+from opsin.errors import OpsinError
+from opsin.pretrain import checkpoint
+from opsin.pretrain.monitor import Metrics, Skips, Terminal
+from opsin.pretrain.objective import Network, Objective, total
+from opsin.pretrain.optim import AdamW, LossScale, update_teacher
+from opsin.pretrain.recipe import Recipe, read, to_yaml
+from opsin.pretrain.schedules import scheduled
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FREE_TO_CHANGE = ("data.workers", "data.ahead", "batch.micro", "checkpoint", "log_every", "max_skipped", "compile")
+"""Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended."""
+
+    out: Path
+    """The run's folder."""
+    step: int
+    """Finished steps."""
+    stopped_by: int | None
+    """The signal that stopped it before its last step, if one did."""
+
+    @property
+    def backbone(self) -> Path:
+        """The teacher's backbone, for `opsin.load`."""
+        return self.out / "backbone.safetensors"
+
+
+def pretrain(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    accept_changes: bool = False,
+    quiet: bool = False,
+) -> Finished:
+    """Train a backbone on the images of `data` and leave everything about the run in `out`.
+
+    Args:
+        recipe: all settings; `opsin.pretrain.recipe.preset(name)` gives the named ones.
+        data: a folder of any depth, or a text file that lists images.
+        out: folder of the run; if it holds one already, that run goes on.
+        device: "cuda", "mps" or "cpu"; by default the first of these that is there.
+        accept_changes: go on although recipe, data or image decoder differ from those the run began with.
+        quiet: no progress on stderr.
+
+    Raises:
+        OpsinError: for anything the user can mend: bad settings, unreadable data, a full disk, NaN gradients.
+    """
+    out, on = _folder(Path(out)), pick_device(device)
+    _check_precision(recipe, on)
+    source = scan(data, cache=out / "cache", progress=not quiet)
+    done = checkpoint.steps(out)
+    first = done[-1] if done else 0
+    terminal = Terminal(recipe.steps, first, quiet=quiet)
+    with contextlib.ExitStack() as stack:
+        stack.callback(terminal.close)
+        _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
+
+        student, teacher = build(recipe, on)
+        dtype = DTYPES[recipe.precision]
+        objective = Objective(recipe.loss, student, teacher, dtype)
+        optimiser = AdamW(student, recipe.backbone.depth, recipe.optim)
+        loss_scale = LossScale(on, enabled=dtype == torch.float16)
+        skips = Skips(on, recipe.max_skipped)
+        state = run_state(student, teacher, objective, optimiser, loss_scale)
+        checkpoint.clean(out)
+        if first:
+            checkpoint.load(out, first, state)
+            terminal.say(f"going on from the checkpoint of step {first}")
+        if recipe.compile:
+            student.backbone.compile()
+            teacher.backbone.compile()
+
+        reader = stack.enter_context(
+            ImageReader(
+                source,
+                workers=recipe.data.threads(),
+                max_bad_fraction=recipe.data.max_bad_fraction,
+                log=out / "unreadable.jsonl",
+            )
+        )
+        stream = Stream(recipe.stream(), recipe.data, reader, len(source), on)
+        metrics = Metrics(out / "metrics.jsonl", first)
+        stack.callback(metrics.close)
+        stop = stack.enter_context(_stop_signal())
+
+        def save(step: int) -> None:
+            checkpoint.save(out, step, state, teacher.backbone, {"recipe": asdict(recipe)}, recipe.checkpoint.keep)
+
+        saved, step = first, first
+        clock = time.perf_counter()
+        waited, logged = 0.0, first
+        batches = stream.batches(first, recipe.steps)
+        while step < recipe.steps and not stop.signal:
+            began = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - began
+
+            values = scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size)
+            scalar = {name: torch.tensor(value, device=on) for name, value in asdict(values).items()}
+            targets = objective.targets(batch, scalar["teacher_temperature"])
+            sums: dict[str, Tensor] = {}
+            optimiser.zero_grad()
+            for micro in range(batch.micro_batches):
+                terms = objective.terms(batch, micro, targets)
+                (total(terms) * loss_scale.scale).backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.detach()
+            norms, finite = optimiser.clip(1 / loss_scale.scale)
+            optimiser.step(scalar["rate"], scalar["last_layer_rate"], scalar["decay"], finite)
+            update_teacher(teacher.parameters(), student.parameters(), scalar["momentum"], finite)
+            loss_scale.update(finite)
+            skips.update(step, finite)
+            step += 1
+
+            if step % recipe.log_every == 0 or step == recipe.steps:
+                skipped = skips.check(norms, terminal.say)
+                loss = {"loss": float(total(sums))} | {f"loss.{name}": float(term) for name, term in sums.items()}
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                record = {
+                    "step": step,
+                    "images": step * recipe.batch.size,
+                    "epoch": step * recipe.batch.size / len(source),
+                    **loss,
+                    **{f"grad_norm.{name}": float(norm) for name, norm in norms.items()},
+                    **asdict(values),
+                    "skipped": skipped,
+                    "images_per_second": (step - logged) * recipe.batch.size / elapsed,
+                    "step_seconds": elapsed / (step - logged),
+                    "data_seconds": waited / (step - logged),
+                }
+                metrics.write(record)
+                terminal.show(record)
+                waited, logged = 0.0, step
+            if step % recipe.checkpoint.every == 0:
+                save(step)
+                saved = step
+
+        if saved != step:
+            save(step)
+        if step == recipe.steps:
+            weights.save(teacher.backbone, out / "backbone.safetensors", {"opsin.step": str(step)})
+        else:
+            terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
+        return Finished(out, step, None if step == recipe.steps else stop.signal)
+
+
+def build(recipe: Recipe, device: torch.device) -> tuple[Network, Network]:
+    """Student and teacher, equal at the start; the initial weights depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        student = Network(recipe.backbone, recipe.heads)
+    teacher = Network(recipe.backbone, recipe.heads)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+    return student.to(device, dtype), teacher.to(device, dtype)
+
+
+def run_state(
+    student: Network, teacher: Network, objective: Objective, optimiser: AdamW, loss_scale: LossScale
+) -> dict[str, Tensor]:
+    """Every tensor that decides how a run goes on, by name; a checkpoint is loaded by copying into them."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "student": student.state_dict(),
+        "teacher": teacher.state_dict(),
+        "centre": objective.state(),
+        "optimiser": optimiser.state(),
+        "loss_scale": {"scale": loss_scale.scale, "good": loss_scale.good},
+    }
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the fastest that is there; an OpsinError if the named one is not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind = name.partition(":")[0]
+    if not present.get(kind, False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise OpsinError(f"there is no device '{name}' on this machine: give --device {there}, or leave it out.")
+    return torch.device(name)
+
+
+def _check_precision(recipe: Recipe, device: torch.device) -> None:
+    if recipe.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise OpsinError("this GPU has no bf16: give --precision fp16.")
+    if recipe.precision == "fp64" and device.type == "mps":
+        raise OpsinError("MPS has no fp64: give --precision fp32, or --device cpu.")
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OpsinError(f"cannot write into --out {out}: {error.strerror}. Choose another folder.") from None
+    return out
+
+
+def _describe(
+    recipe: Recipe,
+    source: Source,
+    out: Path,
+    device: torch.device,
+    terminal: Terminal,
+    *,
+    resumed: bool,
+    accept_changes: bool,
+) -> None:
+    """Say what will run on what, write recipe.yaml and run.json, and refuse to go on with another recipe or data."""
+    summary = summarise(source, workers=recipe.data.threads())
+    terminal.say(str(summary))
+    _check_sizes(recipe, source, summary)
+    facts = {
+        "opsin": opsin.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "decoder": DECODER,
+        "seed": recipe.seed,
+        "git": _git_state(),
+        "data": {"root": str(source.root), "images": len(source), "fingerprint": source.fingerprint},
+    }
+    recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
+    if resumed and not accept_changes:
+        before = json.loads(facts_path.read_text())
+        changed = _differences(asdict(read(recipe_path)), asdict(recipe))
+        if before["data"]["fingerprint"] != source.fingerprint:
+            changed.append(f"the images ({before['data']['images']} then, {len(source)} now)")
+        if before["decoder"] != DECODER:
+            changed.append(f"the image decoder ({before['decoder']} then, {DECODER} now)")
+        if changed:
+            raise OpsinError(
+                f"{out} holds a run that differs in {'; '.join(changed)}: give the settings it began with, another "
+                "--out, or --accept-changes."
+            )
+    recipe_path.write_text(to_yaml(recipe))
+    facts_path.write_text(json.dumps(facts, indent=1))
+    batch = recipe.batch
+    terminal.say(
+        f"{recipe.steps} steps of {batch.size} images ({batch.micro_batches} × {batch.size // batch.micro_batches}) on "
+        f"{facts['device']} in {recipe.precision}: {recipe.steps * batch.size / len(source):.1f} epochs; run in {out}"
+    )
+
+
+def _check_sizes(recipe: Recipe, source: Source, summary: Any) -> None:
+    side = recipe.crops.global_size
+    if not recipe.data.upsample and summary.smallest_side < side:
+        raise OpsinError(
+            f"{summary.smallest_path} in {source.root} is only {summary.smallest_side} pixels on its shorter side, "
+            f"below the global crop of {side}: give a smaller --crops.global-size, remove such images, or accept "
+            "enlarged ones with --data.upsample."
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of fields that differ and are not free to change, with both values."""
+    found = []
+    for name, value in now.items():
+        dotted = prefix + name
+        if dotted in FREE_TO_CHANGE or before.get(name) == value:
+            continue
+        if isinstance(value, Mapping) and isinstance(before.get(name), Mapping):
+            found += _differences(before[name], value, dotted + ".")
+        else:
+            found.append(f"{dotted} ({before.get(name)} then, {value} now)")
+    return found
+
+
+def _git_state() -> str | None:
+    """Commit of the code that runs, with a mark when it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C ends it at once."""
+    stop = _Stop()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller's signals stay the caller's
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

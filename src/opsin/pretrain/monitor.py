@@ -1,0 +1,129 @@
+"""What a run says of itself: `metrics.jsonl`, a line in the terminal, and a name for what went wrong.
+
+A record holds: step (finished steps), images, epoch, loss and its parts loss.dino, loss.dino_global, loss.dino_local,
+loss.ibot, loss.koleo, grad_norm.<part> (before clipping), rate, decay, momentum, teacher_temperature, skipped (steps
+left out so far), images_per_second, step_seconds and data_seconds (of that, waiting for images).
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from opsin.errors import OpsinError
+
+
+class Metrics:
+    """`metrics.jsonl` of a run; a resumed run drops the records after its checkpoint and goes on."""
+
+    def __init__(self, path: Path, finished_steps: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a killed run
+                if record["step"] <= finished_steps:
+                    kept.append(line)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record, in full on disk before the next step begins."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Skips:
+    """Counts steps without finite gradients on the device; the host reads the counts when it reads the losses."""
+
+    def __init__(self, device: torch.device, most_in_a_row: int) -> None:
+        self.most_in_a_row = most_in_a_row
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.last = torch.full((), -1, dtype=torch.int64, device=device)
+        self._told = 0
+
+    def update(self, step: int, finite: Tensor) -> None:
+        """Note whether `step` was finite."""
+        self.total += ~finite
+        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
+        self.last.copy_(torch.where(finite, self.last, step))
+
+    def check(self, norms: Mapping[str, Tensor], say: Callable[[str], None]) -> int:
+        """Tell of new skips, stop after too many in a row; returns how many there were so far."""
+        total, row, last = int(self.total), int(self.in_a_row), int(self.last)
+        if row > self.most_in_a_row:
+            bad = [name for name, norm in norms.items() if not torch.isfinite(norm)]
+            raise OpsinError(
+                f"the gradients of {', '.join(bad) or 'some part'} were NaN or infinite in {row} steps in a row, the "
+                f"last is step {last}: the weights are those from before. Lower schedule.rate, or train "
+                "with precision bf16 or fp32."
+            )
+        if total > self._told:
+            say(f"{total - self._told} step(s) left out for NaN or infinite gradients, the last is step {last}")
+            self._told = total
+        return total
+
+
+class Terminal:
+    """Progress on stderr: a live bar in a terminal, else a line every ten seconds."""
+
+    def __init__(self, steps: int, finished: int, *, quiet: bool) -> None:
+        self.steps, self.quiet = steps, quiet
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._last_line = 0.0
+        self._start, self._first = time.monotonic(), finished
+        self._bar: Progress | None = None
+        if not quiet and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=steps, completed=finished)
+
+    def say(self, text: str) -> None:
+        """A sentence above the bar."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """The state after a step."""
+        share = record["data_seconds"] / max(record["step_seconds"], 1e-9)
+        text = (
+            f"loss {record['loss']:.3f} (dino {record['loss.dino']:.3f} ibot {record['loss.ibot']:.3f} "
+            f"koleo {record['loss.koleo']:.3f}) · {record['images_per_second']:.0f} img/s · "
+            f"{share:.0%} of the time waiting for data"
+        )
+        step = record["step"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif not self.quiet and (time.monotonic() - self._last_line > 10 or step == self.steps):
+            self._last_line = time.monotonic()
+            rate = (step - self._first) / max(self._last_line - self._start, 1e-9)
+            left = (self.steps - step) / max(rate, 1e-9)
+            print(f"step {step}/{self.steps} · {text} · {left / 60:.1f} min left", file=sys.stderr, flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

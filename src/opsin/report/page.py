@@ -1,0 +1,94 @@
+"""One self-contained HTML page from plain dictionaries: what was measured, what it shows, and the pictures.
+
+The page asks for nothing from outside (its content security policy forbids it), needs no script, and follows the
+reader's light or dark setting.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from opsin.errors import OpsinError, unknown
+
+SECTIONS = (
+    "title",
+    "subtitle",
+    "summary",
+    "table",
+    "says",
+    "curves",
+    "pca",
+    "neighbours",
+    "timings",
+    "versions",
+    "recipe",
+)
+"""The keys that a report may have, in the order of the page."""
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Render `report` as one HTML file; a section appears when its key is there. Text is escaped.
+
+    - `title`, `subtitle`: text; the title is required.
+    - `summary`, `timings`, `versions`: lists of `{"label": …, "value": …}`.
+    - `table`: `{"headers": [text], "rows": [[cell]], "note": text}`, the note optional; a row's first cell names it.
+    - `says`: `{"shows": [text], "shows_not": [text]}`.
+    - `curves`: list of `{"title": text, "png": picture}`, from `pictures.loss_curves`.
+    - `pca`: `{"columns": [text], "rows": [[picture]]}`, from `pictures.pca_grid`.
+    - `neighbours`: list of `{"query": {"image", "label"}, "nearest": [{"image", "label", "match"}]}`, from
+      `pictures.neighbour_rows`.
+    - `recipe`: the YAML text.
+
+    Pictures are data URIs. The file appears whole or not at all.
+
+    Raises:
+        OpsinError: a key is unknown, the title is missing, a picture is no data URI, or the file cannot be written.
+    """
+    for key in report:
+        if key not in SECTIONS:
+            raise unknown("report section", key, SECTIONS)
+    if "title" not in report:
+        raise OpsinError("a report needs a title: give report['title'].")
+    html = _environment().get_template("template.html").render(report)
+    _write_whole(Path(path), html)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("opsin", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["embedded"] = _embedded
+    return environment
+
+
+def _embedded(picture: str) -> str:
+    """Let a picture through only if it travels inside the page."""
+    if not picture.startswith("data:image/"):
+        raise OpsinError(f"a report embeds its pictures as data URIs, not '{picture[:40]}': use opsin.report.pictures.")
+    return picture
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # A folder's name, and so a class's, may hold bytes that are no text: they are shown escaped.
+            with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OpsinError(
+            f"cannot write the report {path}: {error.strerror}; make room there or choose another place."
+        ) from error

@@ -1,0 +1,250 @@
+"""The pictures of a report, as data URIs: curves of a run's metrics, PCA of patch features, nearest neighbours."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from opsin.errors import OpsinError
+
+Pixels = NDArray[np.uint8]
+"""An image `[H, W, 3]`."""
+
+THUMBNAIL = 112
+"""Longer side in pixels of a neighbour's picture."""
+PHOTO = 256
+"""Longer side in pixels of a photo beside its PCA pictures."""
+
+INK = "#7a808a"  # one grey that reads on white and on near-black: the figures are transparent
+COLOURS = ("#d9663b", "#2f8fb5", "#4f9d69", "#a06cc5", "#b8912f", "#cf5f86", "#6b7fd1", "#7d8a5a")
+SCHEDULES = {"rate": "Rate", "decay": "Weight decay", "momentum": "Momentum", "teacher_temperature": "Temperature"}
+
+
+def png(array: Pixels) -> str:
+    """An image `[H, W, 3]` (uint8) as a `data:image/png` URI."""
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"a picture is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}.")
+    return _encode(Image.fromarray(array))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's JSONL file, in order; a last line that a killed run left unfinished is dropped.
+
+    Raises:
+        OpsinError: the file cannot be read, or a line before the last is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise OpsinError(
+            f"cannot read the metrics {path}: {error.strerror}; give the metrics file of a run."
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise OpsinError(f"line {number} of {path} is not a JSON object: mend or delete that line.") from error
+        records.append(record)
+    return records
+
+
+def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Charts of a run's records, each `{"title", "png"}`; those whose keys no record has are left out.
+
+    A thin line is every record, the thick one its centred moving mean. Of records with the same step (a resumed run
+    repeats some) the last counts; values that are not finite are left out. Keys: step, loss, loss.dino_local,
+    loss.dino_global, loss.ibot, loss.koleo, rate, decay, momentum, teacher_temperature, grad_norm.<part>,
+    images_per_second, step_seconds, data_seconds, knn.
+    """
+    norms = sorted({key for record in metrics for key in record if key.startswith("grad_norm.")})
+    charts: list[tuple[str, dict[str, str]]] = [
+        ("Loss", {"loss": ""}),
+        ("DINO and iBOT losses", {"loss.dino_local": "local", "loss.dino_global": "global", "loss.ibot": "iBOT"}),
+        ("KoLeo loss", {"loss.koleo": ""}),
+        ("kNN accuracy", {"knn": ""}),
+        ("Gradient norm", {key: key.removeprefix("grad_norm.") for key in norms}),
+        ("Images per second", {"images_per_second": ""}),
+        ("Seconds per step", {"step_seconds": "whole step", "data_seconds": "waiting for data"}),
+    ]
+    pictures = []
+    for title, keys in charts:
+        series = {name: found for key, name in keys.items() if len((found := _series(metrics, key))[0])}
+        if series:
+            pictures.append({"title": title, "png": _chart(title, series)})
+    schedules = {name: found for key, name in SCHEDULES.items() if len((found := _series(metrics, key))[0])}
+    if schedules:
+        pictures.append({"title": "Schedules", "png": _small_multiples(schedules)})
+    return pictures
+
+
+def pca_grid(images: Sequence[Pixels], panels: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]]) -> dict[str, Any]:
+    """A table of pictures for the report's `pca`: every image beside its PCA picture in each panel.
+
+    Args:
+        images: `[H, W, 3]` uint8, as the backbone saw them.
+        panels: column title → for every image what `PcaPicture.apply` gave: rgb `[h, w, 3]` in 0…1 and foreground
+            `[h, w]`.
+
+    Returns:
+        `{"columns": [title], "rows": [[data URI]]}`; PCA pictures have one pixel per patch, background black.
+    """
+    rows = [[_encode(_shrunk(image, PHOTO))] for image in images]
+    for panel in panels.values():
+        for row, (rgb, foreground) in zip(rows, panel, strict=True):
+            shown = np.asarray(rgb, dtype=np.float64) * np.asarray(foreground, dtype=bool)[..., None]
+            row.append(png((shown * 255).round().astype(np.uint8)))
+    return {"columns": ["Image", *panels], "rows": rows}
+
+
+def neighbour_rows(
+    queries: Sequence[Pixels],
+    query_labels: Sequence[str],
+    gallery: Sequence[Pixels] | Mapping[int, Pixels],
+    gallery_labels: Sequence[str] | Mapping[int, str],
+    nearest: Sequence[Sequence[int]],
+) -> list[dict[str, Any]]:
+    """Rows for the report's `neighbours`: every query with its nearest gallery images, best first.
+
+    Args:
+        queries: images `[H, W, 3]` uint8.
+        query_labels: their classes; a neighbour of the same class is marked as a match.
+        gallery: gallery index → image; only the indices in `nearest` are looked up.
+        gallery_labels: gallery index → class.
+        nearest: for every query its neighbours' gallery indices.
+    """
+    return [
+        {
+            "query": {"image": _encode(_shrunk(query, THUMBNAIL)), "label": label},
+            "nearest": [
+                {
+                    "image": _encode(_shrunk(gallery[index], THUMBNAIL)),
+                    "label": gallery_labels[index],
+                    "match": gallery_labels[index] == label,
+                }
+                for index in map(int, indices)
+            ],
+        }
+        for query, label, indices in zip(queries, query_labels, nearest, strict=True)
+    ]
+
+
+def _encode(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shrunk(array: Pixels, side: int) -> Image.Image:
+    image = Image.fromarray(np.asarray(array))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> Series:
+    """Steps and values of `key`, in order of the step."""
+    found = {r["step"]: r[key] for r in metrics if "step" in r and isinstance(r.get(key), int | float)}
+    points = sorted((step, value) for step, value in found.items() if math.isfinite(value))
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred moving mean over a twenty-fifth of the records; at the ends over what lies inside."""
+    n, half = len(values), len(values) // 50
+    total = np.concatenate([[0], np.cumsum(values)])
+    begin, end = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    smooth: NDArray[np.float64] = (total[end] - total[begin]) / (end - begin)
+    return smooth
+
+
+def _envelope(steps: NDArray[np.float64], values: NDArray[np.float64], bins: int = 300) -> Series:
+    """At most two points per bin, its lowest and highest: a spike in a long run stays visible and the file small."""
+    if len(values) <= 2 * bins:
+        return steps, values
+    keep = sorted(
+        {
+            index
+            for part in np.array_split(np.arange(len(values)), bins)
+            for index in (part[values[part].argmin()], part[values[part].argmax()])
+        }
+    )
+    return steps[keep], values[keep]
+
+
+def _chart(title: str, series: Mapping[str, Series]) -> str:
+    figure, (axes,) = _figure(1, 1)
+    for colour, (name, (steps, values)) in zip(COLOURS, series.items(), strict=False):
+        if title == "kNN accuracy":
+            axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=5, label=name)
+            continue
+        axes.plot(*_envelope(steps, values), color=colour, linewidth=0.6, alpha=0.45)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=name)
+    if title == "Gradient norm":
+        axes.set_yscale("log")
+    axes.set_xlabel("step", color=INK, fontsize=9)
+    if len(series) > 1:
+        figure.legend(
+            loc="outside upper left",
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+            handlelength=1.2,
+            ncols=min(3, len(series)),
+        )
+    return _save(figure)
+
+
+def _small_multiples(series: Mapping[str, Series]) -> str:
+    figure, panels = _figure(2, 2)
+    for axes, (name, (steps, values)) in zip(panels, series.items(), strict=False):
+        axes.plot(steps, values, color=COLOURS[0], linewidth=1.8)
+        axes.set_title(name, color=INK, fontsize=9, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+    for axes in panels[len(series) :]:
+        axes.remove()
+    return _save(figure)
+
+
+def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    # 840 × 560 pixels with 9-point type: about 10 CSS pixels on a phone of 360, 15 in half a desktop page.
+    figure = Figure(figsize=(4.2, 2.8), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for axes in panels:
+        axes.patch.set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(which="both", colors=INK, labelsize=9)
+        axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    return figure, panels
+
+
+def _save(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    # A palette of 128 colours keeps the antialiasing and a third of the bytes.
+    return _encode(Image.open(buffer).quantize(128, Image.Quantize.FASTOCTREE))

@@ -43,6 +43,8 @@ DECODER: Final = f"torchvision {torchvision.__version__.split('+')[0]}, Pillow {
 
 # `max_pixels` replaces this warning; Pillow's hard limit for TIFF, WebP and GIF stays and becomes a DecodeError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Damaged metadata, which does no harm, or a damaged TIFF, which becomes a DecodeError.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 _SIGNATURES: Final[tuple[tuple[bytes, type[ImageFile.ImageFile]], ...]] = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
@@ -84,6 +86,13 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def why(error: OSError) -> str:
+    """The system's reason for `error`, to be put in brackets."""
+    if isinstance(error, FileExistsError):
+        return "a file is in the way"
+    return (error.strerror or str(error)).lower()
+
+
 def header(path: Path | bytes) -> Header:
     """Format and upright size of an image file (or of its bytes), read without decoding it.
 
@@ -115,16 +124,17 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000, min_side: int |
         - Palette and grey become RGB; CMYK becomes RGB as Pillow converts it (no colour profile is applied, to any
           format).
 
-    What is detected: a truncated file, damage to the structure, and damaged pixels where the format has a checksum
-    (PNG). JPEG has none: 40 altered bytes inside its data usually decode without an error into a picture that is wrong
-    from there on (libjpeg may write "Corrupt JPEG data" to stderr), and so may those of the other formats.
+    What is detected: a truncated file (unless all pixels are there), damage to the structure, and damaged pixels where
+    the format has a checksum (PNG). JPEG has none: 40 altered bytes inside its data usually decode without an error
+    into a picture that is wrong from there on (libjpeg may write "Corrupt JPEG data" to stderr), and so may those of
+    the other formats.
 
     Args:
         path: a file, or its content.
         max_pixels: images that declare more are refused before anything is decoded. Pillow's own limit of 179 million
             holds besides for TIFF, WebP and GIF.
-        min_side: a JPEG may come at 1/2, 1/4 or 1/8 of its size, each side rounded up, as long as the shorter side
-            keeps at least this many pixels. None decodes everything.
+        min_side: a JPEG comes at 1/2, 1/4 or 1/8 of its size (each side rounded up) if that fraction of its shorter
+            side is at least this many pixels. None decodes everything.
 
     Returns:
         A view of interleaved pixels `[H, W, 3]`, the layout in which they were decoded: not contiguous.
@@ -241,6 +251,6 @@ def _pillow(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
 def _reason(error: Exception) -> str:
     """One line without the name of a C++ source file or of a stream object."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+        return why(error)
     text = " ".join(str(error).split()) or type(error).__name__
     return text.partition("decode_jpeg.cpp:")[2].partition(", ")[2] or text

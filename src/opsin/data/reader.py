@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor
 
-from opsin.data.decode import DecodeError, decode, shown
+from opsin.data.decode import DecodeError, decode, shown, why
 from opsin.data.sources import Source
 from opsin.errors import OpsinError
 
@@ -24,7 +24,7 @@ TOLERATED = 10
 """Fewer bad files than this never stop a run, whatever their share."""
 
 
-class Batch:
+class PendingImages:
     """Images that are being decoded."""
 
     def __init__(self, images: list[Future[Tensor]]) -> None:
@@ -110,9 +110,9 @@ class ImageReader:
         """The images at `indices`, in that order, decoded in parallel."""
         return self.submit(indices).result()
 
-    def submit(self, indices: Sequence[int]) -> Batch:
+    def submit(self, indices: Sequence[int]) -> PendingImages:
         """Start decoding the images at `indices` and return at once."""
-        return Batch([self._pool.submit(self.read, index) for index in indices])
+        return PendingImages([self._pool.submit(self.read, index) for index in indices])
 
     def close(self) -> None:
         """Drop what has not begun and wait for the rest."""
@@ -153,7 +153,7 @@ class ImageReader:
                 file.write(line + "\n")
         except OSError as error:
             raise OpsinError(
-                f"cannot log a bad file in {shown(self._log)} ({error.strerror}): choose another output folder or free "
+                f"cannot log a bad file in {shown(self._log)} ({why(error)}): choose another output folder or free "
                 "some space."
             ) from error
 

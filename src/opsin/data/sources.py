@@ -11,7 +11,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from opsin.data.decode import DecodeError, Header, header, shown
+from opsin.data.decode import DecodeError, Header, header, shown, why
 from opsin.errors import OpsinError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -95,7 +95,7 @@ def scan(spec: str | Path, cache: Path | None = None, progress: bool = True) -> 
         is_folder = stat.S_ISDIR(root.stat().st_mode)
     except OSError as error:
         raise OpsinError(
-            f"no data at {shown(root)} ({_why(error)}): give a folder of images or a .txt list of them."
+            f"no data at {shown(root)} ({why(error)}): give a folder of images or a .txt list of them."
         ) from error
     if not is_folder and root.suffix.lower() != ".txt":
         raise OpsinError(f"{shown(root)} is neither a folder nor a .txt list of image paths: give one of these.")
@@ -157,7 +157,7 @@ def _walk(root: Path, progress: bool) -> _Listing:
                     listing.stamps.append((folder, about.st_mtime_ns, entries))
                     advance(len(listing.files) - known)
             except OSError as error:
-                listing.unreadable.append((folder, _why(error)))
+                listing.unreadable.append((folder, why(error)))
             if not pending and links:
                 links.sort(key=os.fsencode, reverse=True)
                 pending.append(links.pop())
@@ -185,7 +185,7 @@ def _list_folder(root: Path, folder: str, listing: _Listing, folders: list[str],
                 if stat.S_ISREG(about.st_mode):
                     listing.files.append((path, about.st_size))
             except OSError as error:
-                listing.unreadable.append((path, _why(error)))
+                listing.unreadable.append((path, why(error)))
     return entries
 
 
@@ -194,7 +194,7 @@ def _read_list(path: Path) -> _Listing:
     try:
         about, content = path.stat(), path.read_bytes()
     except OSError as error:
-        raise OpsinError(f"cannot read the list {shown(path)} ({_why(error)}): check its permissions.") from error
+        raise OpsinError(f"cannot read the list {shown(path)} ({why(error)}): check its permissions.") from error
     lines = [line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
     names = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
     listing = _Listing([], [("", about.st_mtime_ns, about.st_size)], [], Counter())
@@ -258,9 +258,10 @@ def _keep(listing: _Listing, kept: Path, root: Path) -> None:
         pq.write_table(table, partial)
         partial.replace(kept)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OpsinError(
-            f"cannot keep the list of images in {shown(kept.parent)} ({_why(error)}): choose another output folder or "
+            f"cannot keep the list of images in {shown(kept.parent)} ({why(error)}): choose another output folder or "
             "free some space."
         ) from error
 
@@ -394,7 +395,3 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

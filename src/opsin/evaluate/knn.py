@@ -1,4 +1,4 @@
-"""Weighted nearest-neighbour accuracy of a frozen backbone on labelled folders (the reference's protocol, §"k-NN")."""
+"""Weighted nearest-neighbour accuracy of a frozen backbone on labelled folders, by the reference's protocol."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +16,8 @@ from torch import Tensor
 from opsin.backbone.features import evaluation_transform
 from opsin.backbone.probe import NEIGHBOURS, knn_classify
 from opsin.backbone.vit import VisionTransformer
-from opsin.data.decode import DecodeError, decode, shown
+from opsin.data.decode import shown
+from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, scan
 from opsin.errors import OpsinError
 
@@ -135,10 +136,18 @@ def knn(
         OpsinError: a folder has no labels, fewer than two classes or images, or nothing to test; the test set has a
             class that the train set has not, or is the train set; features are not finite.
     """
+    for name, value in (("k", min(k, default=0)), ("size", size), ("batch_size", batch_size), ("workers", workers)):
+        if value < 1:
+            raise OpsinError(f"{name} {value} is too small: give 1 or more.")
+    if temperature <= 0:
+        raise OpsinError(f"temperature {temperature:g} is not above 0: give, for example, 0.07.")
     train, labels = _labelled(data)
+    if len(train) < 2:
+        raise OpsinError(f"{shown(train.root)} holds a single image, and kNN accuracy needs two or more: add images.")
     if len(train.classes) < 2:
         raise OpsinError(
-            f"{shown(train.root)} holds only the class '{train.classes[0]}': kNN accuracy needs two or more class folders."
+            f"{shown(train.root)} holds only the class '{shown(train.classes[0])}', and kNN accuracy needs two or "
+            "more: add a folder per class."
         )
     if test_data is None:
         if np.bincount(labels).max() < 2:
@@ -146,59 +155,116 @@ def knn(
                 f"every class of {shown(train.root)} has a single image, so none is left to test: add images, or give "
                 "a test folder."
             )
-        train_part, test_part = split(labels, test_fraction, seed)
-        paths = [train.path(int(i)) for i in np.concatenate([train_part, test_part])]
-        truth = np.concatenate([labels[train_part], labels[test_part]])
-        n_train = len(train_part)
+        test = train
+        gallery, queries = split(labels, test_fraction, seed)
+        query_classes = labels[queries]
     else:
         test, test_labels = _labelled(test_data)
-        paths = [source.path(i) for source in (train, test) for i in range(len(source))]
-        truth = np.concatenate([labels, _renumbered(test, test_labels, train)])
-        n_train = len(train)
+        gallery, queries = np.arange(len(train)), np.arange(len(test))
+        query_classes = _renumbered(test, test_labels, train)
 
-    features, left_out = _read_all(backbone, paths, size=size, batch_size=batch_size, workers=workers, device=device)
-    good = torch.ones(len(paths), dtype=torch.bool)
-    good[list(left_out)] = False
-    if not features[good].isfinite().all():
-        raise OpsinError("the backbone gives features that are not finite: its weights are damaged, or training diverged.")
-    is_train = torch.arange(len(paths)) < n_train
-    gallery, queries = good & is_train, good & ~is_train
-    if not gallery.any() or not queries.any():
+    sources = [train] if test is train else [train, test]
+    results = [_features(backbone, s, size, batch_size, workers, device) for s in sources]
+    (train_features, train_bad), (test_features, test_bad) = results[0], results[-1]
+    gallery = gallery[~np.isin(gallery, list(train_bad))]
+    readable = ~np.isin(queries, list(test_bad))
+    queries, query_classes = queries[readable], query_classes[readable]
+    if not len(gallery) or not len(queries):
         raise OpsinError(
-            f"no {'test' if gallery.any() else 'train'} image can be decoded, for example {shown(paths[min(left_out)])} "
-            f"({left_out[min(left_out)]}): replace the damaged files."
+            f"no {'test' if len(gallery) else 'train'} image of {shown(test.root if len(gallery) else train.root)} can "
+            "be decoded: replace the damaged files."
         )
-    known = torch.from_numpy(truth).to(device)
-    on_device = features.to(device)
+    asked = torch.from_numpy(query_classes)
     votes = knn_classify(
-        on_device[queries],
-        on_device[gallery],
-        known[gallery],
+        test_features[queries].to(device),
+        train_features[gallery].to(device),
+        torch.from_numpy(labels[gallery]).to(device),
         k,
         num_classes=len(train.classes),
         temperature=temperature,
     )
-    correct = {number: (vote.argmax(1) == known[queries]).cpu() for number, vote in votes.items()}
-    accuracy = {number: hits.float().mean().item() for number, hits in correct.items()}
+    correct = {number: (vote.argmax(1).cpu() == asked).double() for number, vote in votes.items()}
+    accuracy = {number: hits.mean().item() for number, hits in correct.items()}
     best = max(accuracy, key=lambda number: accuracy[number])
-    asked = known[queries].cpu()
+    left_out = [(source, i, bad[i]) for source, (_, bad) in zip(sources, results, strict=True) for i in sorted(bad)]
     return {
         "accuracy": {str(number): value for number, value in accuracy.items()},
         "best": {"k": best, "accuracy": accuracy[best]},
         "per_class": {
-            train.classes[label]: correct[best][asked == label].float().mean().item() for label in asked.unique().tolist()
+            shown(train.classes[label]): correct[best][asked == label].mean().item()
+            for label in asked.unique().tolist()
         },
-        "n_train": int(gallery.sum()),
-        "n_test": int(queries.sum()),
-        "classes": train.classes,
-        "left_out": [{"path": str(paths[index]), "reason": left_out[index]} for index in sorted(left_out)],
+        "n_train": len(gallery),
+        "n_test": len(queries),
+        "classes": [shown(name) for name in train.classes],
+        "left_out": [{"path": shown(source.path(i)), "reason": reason} for source, i, reason in left_out],
         "settings": {
-            "data": str(train.root),
-            "test_data": None if test_data is None else str(test.root),
+            "data": shown(train.root),
+            "test_data": None if test_data is None else shown(test.root),
             "k": list(k),
             "temperature": temperature,
             "size": size,
-            "seed": seed,
-            "test_fraction": test_fraction if test_data is None else None,
+            "seed": None if test_data else seed,
+            "test_fraction": None if test_data else test_fraction,
         },
     }
+
+
+def _labelled(data: Path) -> tuple[Source, NDArray[np.int64]]:
+    source = scan(data)
+    if source.labels is None:
+        raise OpsinError(
+            f"{shown(data)} has no labels: put each image into a sub-folder that is named after its class."
+        )
+    return source, source.labels
+
+
+def _renumbered(test: Source, test_labels: NDArray[np.int64], train: Source) -> NDArray[np.int64]:
+    """The test set's labels in the numbering of the train set's classes."""
+    if test.root == train.root:
+        raise OpsinError(
+            f"{shown(test.root)} is given as train and as test folder, so every image would find itself: leave out the "
+            "test folder to have it split."
+        )
+    number = {name: i for i, name in enumerate(train.classes)}
+    strange = [shown(name) for name in test.classes if name not in number]
+    if strange:
+        names = ", ".join(f"'{name}'" for name in strange[:5]) + (
+            f" and {len(strange) - 5} more" if strange[5:] else ""
+        )
+        raise OpsinError(
+            f"the test folder {shown(test.root)} has classes that the train folder has not, {names}: name the class "
+            "folders alike in both."
+        )
+    return np.array([number[name] for name in test.classes], dtype=np.int64)[test_labels]
+
+
+def _features(
+    backbone: VisionTransformer, source: Source, size: int, batch_size: int, workers: int, device: torch.device | str
+) -> tuple[Tensor, dict[int, str]]:
+    """Class tokens `[N, D]` of all images, and the index and reason of those that do not decode.
+
+    The reader gives another image in place of a broken one, whose class may differ: their rows must not be used.
+    """
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    with (
+        ImageReader(source, workers=1, max_bad_fraction=1) as reader,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+    ):
+        task = bar.add_task("features", total=len(source))
+        features = extract(
+            backbone,
+            reader.read,
+            len(source),
+            size=size,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            advance=lambda images: bar.advance(task, images),
+        )
+    if reader.bad:
+        first = min(reader.bad)
+        log.warning("%d images left out, first %s (%s)", len(reader.bad), shown(source.path(first)), reader.bad[first])
+    if not features.isfinite().all():
+        raise OpsinError("the backbone's features are not finite: its weights are damaged, or training diverged.")
+    return features, reader.bad

@@ -27,7 +27,7 @@ import opsin
 from opsin.backbone import weights
 from opsin.data.decode import DECODER
 from opsin.data.reader import ImageReader
-from opsin.data.sources import Source, scan, summarise
+from opsin.data.sources import Source, Summary, scan, summarise
 from opsin.data.stream import Stream
 from opsin.errors import OpsinError
 from opsin.pretrain import checkpoint
@@ -286,13 +286,12 @@ def _describe(
     )
 
 
-def _check_sizes(recipe: Recipe, source: Source, summary: Any) -> None:
-    side = recipe.crops.global_size
-    if not recipe.data.upsample and summary.smallest_side < side:
+def _check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:
+    side, smallest = recipe.crops.global_size, min(summary.width[0], summary.height[0])
+    if not recipe.data.upsample and 0 < smallest < side:
         raise OpsinError(
-            f"{summary.smallest_path} in {source.root} is only {summary.smallest_side} pixels on its shorter side, "
-            f"below the global crop of {side}: give a smaller --crops.global-size, remove such images, or accept "
-            "enlarged ones with --data.upsample."
+            f"the smallest image of {source.root} has a side of {smallest} pixels, below the global crop of {side}: "
+            "give a smaller --crops.global-size, remove such images, or accept enlarged ones with --data.upsample."
         )
 
 

@@ -1,0 +1,278 @@
+"""The `opsin` command: every sub-command is a typed function, its docstring the help."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import opsin
+from opsin.errors import OpsinError, unknown
+from opsin.pretrain.recipe import PRESETS, Recipe, preset
+
+Data = Annotated[Path, tyro.conf.arg(metavar="SRC")]
+Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+
+
+def pretrain(settings: Recipe) -> Callable[..., int]:
+    """The `pretrain` command, with the fields of `settings` as its options and their defaults."""
+
+    def command(
+        data: Data,
+        out: Out,
+        recipe: str,  # read before the other options, whose defaults it gives: see _run
+        settings: Annotated[Recipe, tyro.conf.arg(name="")] = settings,
+        device: str | None = None,
+        accept_changes: bool = False,
+        report: bool = True,
+    ) -> int:
+        """Train a backbone on images without labels. The same command goes on with a run that stopped.
+
+        Args:
+            data: a folder of images of any depth, or a text file that lists images.
+            out: folder of the run: weights, checkpoints, metrics, report.
+            recipe: a name that `opsin recipes` lists, or a recipe.yaml of an earlier run.
+            settings: any field of the recipe.
+            device: cuda, mps or cpu; by default the first of these that is there.
+            accept_changes: go on although recipe, data or decoder differ from those the run began with.
+            report: write report.html at the end.
+        """
+        from opsin.pretrain.loop import pretrain as train
+
+        finished = train(settings, data, out, device=device, accept_changes=accept_changes)
+        if finished.stopped_by is not None:
+            return 128 + finished.stopped_by
+        if report:
+            from opsin.story import tell
+
+            print(f"report: {tell(out, data, device=device)}")
+        print(f"backbone: {finished.backbone}")
+        return 0
+
+    return command
+
+
+def features(
+    data: Data,
+    out: Out,
+    weights: Path,
+    model: str | None = None,
+    patches: bool = False,
+    size: int = 224,
+    batch_size: int = 64,
+    workers: int = os.cpu_count() or 1,
+    device: str | None = None,
+) -> int:
+    """Write the features of every image to a Parquet file: path and class token, and patches on request.
+
+    Args:
+        data: a folder of images of any depth, or a text file that lists images.
+        out: the Parquet file to write.
+        weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
+        model: name of the architecture, where the file does not tell it.
+        patches: also write the patch features.
+        size: shorter side in pixels; both sides are rounded to the patch grid, the aspect is kept.
+        batch_size: images per forward.
+        workers: decoding threads.
+        device: cuda, mps or cpu; by default the first of these that is there.
+    """
+    from opsin.data.sources import scan
+    from opsin.evaluate.extract import write_features
+
+    extractor = _load(model, weights, device)
+    source = scan(data)
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("features", total=len(source))
+        rows = write_features(
+            extractor,
+            source,
+            out,
+            patches=patches,
+            size=size,
+            batch_size=batch_size,
+            workers=workers,
+            advance=lambda images: bar.advance(task, images),
+        )
+    left_out = len(source) - rows
+    print(f"{rows} images written to {out}" + (f", {left_out} unreadable: see {out}.unreadable.jsonl" * bool(left_out)))
+    return 0
+
+
+def evaluate_knn(
+    data: Data,
+    weights: Path,
+    test_data: Path | None = None,
+    model: str | None = None,
+    out: Path | None = None,
+    k: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    size: int = 224,
+    batch_size: int = 64,
+    workers: int = os.cpu_count() or 1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    device: str | None = None,
+) -> int:
+    """Weighted k-nearest-neighbour accuracy of frozen features on images in one folder per class.
+
+    Args:
+        data: training images, one folder per class.
+        weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
+        test_data: test images, one folder per class; without it a part of `data` is held out.
+        model: name of the architecture, where the file does not tell it.
+        out: also write the results to this JSON file.
+        k: numbers of neighbours.
+        temperature: of the weights of neighbours.
+        size: side of the centre crop in pixels.
+        batch_size: images per forward.
+        workers: threads that read images.
+        test_fraction: share of every class that is held out without test_data.
+        seed: of that split.
+        device: cuda, mps or cpu; by default the first of these that is there.
+    """
+    import json
+
+    from opsin.evaluate.knn import knn
+
+    extractor = _load(model, weights, device)
+    result = knn(
+        extractor.backbone,
+        data,
+        test_data,
+        k=k,
+        temperature=temperature,
+        size=size,
+        batch_size=batch_size,
+        workers=workers,
+        device=extractor.device,
+        seed=seed,
+        test_fraction=test_fraction,
+    )
+    table = Table("k", "accuracy", title=f"kNN, {result['n_train']} train and {result['n_test']} test images")
+    for number, accuracy in result["accuracy"].items():
+        table.add_row(number, f"{accuracy:.3f}")
+    Console().print(table)
+    if out is not None:
+        try:
+            out.write_text(json.dumps(result, indent=1))
+        except OSError as error:
+            raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None
+    return 0
+
+
+def recipes() -> int:
+    """List the named recipes and what they are for."""
+    for name, make in PRESETS.items():
+        print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def quickstart(
+    out: Out = Path("runs/quickstart"), data: Path | None = None, seed: int = 0, device: str | None = None
+) -> int:
+    """Train a small backbone on real photos in minutes, measure it on held-out parts of them, and show it.
+
+    Args:
+        out: folder of the run; report.html and results.json are written there.
+        data: a folder of your own photos; without it, those that ship with the quickstart packages.
+        seed: of weights, order, crops and queries.
+        device: cuda, mps or cpu; by default the first of these that is there.
+    """
+    from opsin.quickstart import run
+
+    return run(out, data, seed=seed, device=device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; returns the exit status: 0, 2 after a mistake of the user's, 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["--version"]:
+            print(f"opsin {opsin.__version__}")
+            return 0
+        return _run(arguments)
+    except OpsinError as error:
+        print(f"opsin: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+COMMANDS = ("pretrain", "features", "evaluate", "quickstart", "recipes")
+
+
+def _run(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if not first.startswith("-") and first not in COMMANDS:
+        raise unknown("command", first, COMMANDS)
+    settings = preset(_value_of("--recipe", arguments) or "cpu") if first == "pretrain" else PRESETS["cpu"]()
+    if first == "pretrain":
+        _check_options(arguments[1:], settings)
+    commands: dict[str, Callable[..., Any]] = {
+        "pretrain": pretrain(settings),
+        "features": features,
+        "evaluate knn": evaluate_knn,
+        "quickstart": quickstart,
+        "recipes": recipes,
+    }
+    status: int = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="opsin", description=opsin.__doc__, args=arguments
+    )
+    return status
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option that must be known before the others can be read."""
+    for at, argument in enumerate(arguments):
+        if argument == option and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if argument.startswith(option + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _check_options(arguments: list[str], settings: Recipe) -> None:
+    """Name an unknown option together with the nearest known one, before tyro lists all of them."""
+    known = {"data", "out", "recipe", "device", "accept-changes", "no-accept-changes", "report", "no-report", "help"}
+    known |= set(_dotted(settings))
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("_", "-")
+            if name not in known:
+                raise unknown("option", "--" + name, ["--" + k for k in known])
+
+
+def _dotted(tree: Any, prefix: str = "") -> list[str]:
+    names = []
+    for f in fields(tree):
+        value, name = getattr(tree, f.name), prefix + f.name.replace("_", "-")
+        if is_dataclass(value):
+            names += _dotted(value, name + ".")
+        else:
+            names.append(name)
+            if get_type_hints(type(tree))[f.name] is bool:
+                names.append(prefix + "no-" + f.name.replace("_", "-"))
+    return names
+
+
+def _load(model: str | None, weights: Path, device: str | None) -> Any:
+    from opsin.backbone.features import load
+    from opsin.pretrain.loop import pick_device
+
+    on = pick_device(device)
+    return load(weights, device=on) if model is None else load(model, weights, device=on)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

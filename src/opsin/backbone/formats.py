@@ -206,7 +206,7 @@ def _translate(raw: Mapping[str, Tensor], path: Path) -> Contents:
         _from_hugging_face(contents)
     else:
         contents.state = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in contents.state.items()}
-        if "mask_token" not in contents.state and "cls_token" in contents.state:
+        if "mask_token" not in contents.state:
             _from_timm(contents)
     return contents
 
@@ -224,7 +224,7 @@ def _unwrap(contents: Contents, prefixes: tuple[str, ...], heads: tuple[str, ...
 
 
 def _fill_mask_token(contents: Contents, reason: str) -> None:
-    if "mask_token" not in contents.state:
+    if "mask_token" not in contents.state and "cls_token" in contents.state:
         contents.state["mask_token"] = torch.zeros_like(contents.state["cls_token"][0])
         contents.filled["mask_token"] = f"{reason}; zeros, as before training (only masked images use it)"
 

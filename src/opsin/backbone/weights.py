@@ -246,7 +246,7 @@ def _visible(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         "depth": max(blocks) + 1,
         "patch": patches.shape[-1],
         "ffn": "swiglu" if any(".mlp.w12." in name for name in state) else "mlp",
-        "registers": 0 if registers is None else registers.shape[1],
+        "registers": 0 if registers is None or registers.ndim != 3 else registers.shape[1],
         "channels": patches.shape[1],
     }
 

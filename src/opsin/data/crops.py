@@ -206,7 +206,7 @@ def _augment(images: Sequence[Tensor], plan: CropPlan, size: int) -> Tensor:
         for number, operation in enumerate(operations):
             x = _on(x, plan.jitter & (plan.order[:, turn] == number), operation, plan.factors[:, number])
     if colour:
-        x = _on(x, plan.gray, lambda part, _: grayscale(part).expand_as(part))
+        x = _on(x, plan.gray, lambda part, _: grayscale(part).repeat(1, 3, 1, 1))
     x = _on(x, plan.sigma > 0, blur, plan.sigma)
     return _on(x, plan.solarize, lambda part, _: solarize(part))
 

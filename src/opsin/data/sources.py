@@ -104,7 +104,7 @@ def scan(spec: str | Path, cache: Path | None = None, progress: bool = True) -> 
     if listing is None:
         listing = _walk(root, progress) if is_folder else _read_list(root)
         if kept is not None and listing.files and not listing.unreadable:  # a folder may become readable unnoticed
-            _keep(listing, kept, root)
+            _keep(listing, kept)
     if not listing.files:
         raise _no_images(root, listing)
     if listing.unreadable:
@@ -221,8 +221,6 @@ def _recall(kept: Path, root: Path) -> _Listing | None:
     """The listing in `kept`, if nothing seems to have changed since."""
     try:
         table = pq.read_table(kept)
-        if (table.schema.metadata or {}).get(b"opsin.root") != os.fsencode(root):
-            return None
         paths = [os.fsdecode(path) for path in table["path"].to_pylist()]
         sizes, times = table["size"].to_pylist(), table["mtime_ns"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):  # none yet, or damaged: scan again
@@ -240,7 +238,7 @@ def _recall(kept: Path, root: Path) -> _Listing | None:
     return _Listing([(path, size) for path, size, time in rows if time is None], stamps, [], Counter())
 
 
-def _keep(listing: _Listing, kept: Path, root: Path) -> None:
+def _keep(listing: _Listing, kept: Path) -> None:
     """Write a listing as one table: a row with a time is a folder (or the list), one without is an image."""
     rows: list[tuple[str, int, int | None]] = [(path, size, time) for path, time, size in listing.stamps]
     rows += [(path, size, None) for path, size in listing.files]
@@ -251,7 +249,7 @@ def _keep(listing: _Listing, kept: Path, root: Path) -> None:
             "size": pa.array([row[1] for row in rows], pa.int64()),
             "mtime_ns": pa.array([row[2] for row in rows], pa.int64()),
         }
-    ).replace_schema_metadata({"opsin.root": os.fsencode(root)})
+    )
     partial = kept.with_suffix(f".{os.getpid()}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLOSEST = 1e-4
-"""Distances are not taken below this. Two copies of an image have distance 0: -log would be infinite in half precision
-and its gradient some 5e6 in fp32. Below this distance the term is constant and has no gradient."""
+CLOSEST = 1e-6
+"""Distances are not taken below this: two copies of an image have distance 0, whose logarithm and gradient are infinite.
+Below it the term is constant and has no gradient. It is ten times fp32's resolution, and well below the distances of a
+fresh network with LayerScale 1e-5 (some 1e-5 between images), which must still be driven apart."""
 
 
 def koleo(features: Tensor) -> Tensor:

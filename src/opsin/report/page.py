@@ -38,7 +38,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     - `curves`: list of `{"title": text, "png": picture}`, from `pictures.loss_curves`.
     - `pca`: `{"columns": [text], "rows": [[picture]]}`, from `pictures.pca_grid`.
     - `neighbours`: list of `{"query": {"image", "label"}, "nearest": [{"image", "label", "match"}]}`, from
-      `pictures.neighbour_rows`.
+      `pictures.neighbour_rows`; a match of None marks nothing.
     - `recipe`: the YAML text.
 
     Pictures are data URIs. The file appears whole or not at all.

@@ -126,7 +126,8 @@ def neighbour_rows(
 
     Args:
         queries: images `[H, W, 3]` uint8.
-        query_labels: their classes; a neighbour of the same class is marked as a match.
+        query_labels: their classes; a neighbour of the same class is marked as a match, and nothing is marked where
+            the class is empty, that is unknown.
         gallery: gallery index → image; only the indices in `nearest` are looked up.
         gallery_labels: gallery index → class.
         nearest: for every query its neighbours' gallery indices.
@@ -138,7 +139,7 @@ def neighbour_rows(
                 {
                     "image": _encode(_shrunk(gallery[index], THUMBNAIL)),
                     "label": gallery_labels[index],
-                    "match": gallery_labels[index] == label,
+                    "match": gallery_labels[index] == label if label else None,
                 }
                 for index in map(int, indices)
             ],

@@ -1,0 +1,221 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from opsin.backbone import registry, weights
+from opsin.backbone.features import FeatureExtractor, evaluation_transform, load
+from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.errors import OpsinError
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    torch.manual_seed(0)
+    return FeatureExtractor(registry.create("vit_nano8", layerscale=1.0))
+
+
+def photo(h, w, seed=0):
+    """Smooth with sharp edges, so that resizing errors show."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    pixels = np.array(coarse.resize((w, h), Image.Resampling.BICUBIC))
+    pixels[h // 3 : h // 2, w // 4 : w // 2] = generator.integers(0, 256, 3)
+    return pixels
+
+
+def as_tensor(pixels):
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def denormalise(x):
+    return x * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+
+
+# ---- preprocessing
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "size", "expected"),
+    [
+        (480, 640, 224, (224, 296)),  # 640 * 224 / 480 = 298.7, and 296 is the nearest multiple of 8
+        (640, 480, 224, (296, 224)),
+        (100, 100, 64, (64, 64)),
+        (50, 500, 40, (40, 400)),
+        (480, 640, 100, (104, 136)),
+        (9, 9, 1, (8, 8)),
+    ],
+)
+def test_size_keeps_the_aspect_and_fits_the_patch(extractor, h, w, size, expected):
+    assert extractor.preprocess(as_tensor(photo(h, w)), size).shape == (3, *expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(h=st.integers(8, 400), w=st.integers(8, 400), size=st.integers(8, 160))
+def test_sides_are_within_half_a_patch_of_the_aspect(extractor, h, w, size):
+    sides = extractor.preprocess(torch.zeros(3, h, w, dtype=torch.uint8), size).shape[1:]
+    for side, given_side in zip(sides, (h, w), strict=True):
+        assert side % 8 == 0
+        assert abs(side - given_side * size / min(h, w)) <= 4 + 1e-9
+
+
+def test_pixels_match_torchvisions_antialiased_bicubic(extractor):
+    pixels = photo(300, 420)
+    prepared = extractor.preprocess(as_tensor(pixels), 96)
+    expected = resize(as_tensor(pixels), list(prepared.shape[1:]), InterpolationMode.BICUBIC, antialias=True)
+    difference = (denormalise(prepared) * 255 - expected).abs()
+    assert difference.max() <= 2  # the peer rounds to 8 bits after each of its two passes
+    assert difference.mean() <= 0.4
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (640, 480), (300, 300), (123, 457), (60, 90)])
+@pytest.mark.parametrize("size", [224, 64])
+def test_evaluation_crop_matches_torchvision_on_pil(shape, size):
+    pixels = photo(*shape)
+    peer = transforms.Compose(
+        [
+            transforms.Resize(round(size * 256 / 224), InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    ours, theirs = evaluation_transform(as_tensor(pixels), size), peer(Image.fromarray(pixels))
+    assert ours.shape == (3, size, size)
+    difference = (denormalise(ours) - denormalise(theirs)).abs() * 255
+    assert difference.max() <= (
+        2 if min(shape) >= size else 4
+    )  # enlarging overshoots, and Pillow clips after each pass
+    assert difference.mean() <= 0.4
+
+
+def test_pil_images_of_every_mode(extractor):
+    pixels = photo(40, 56)
+    rgb = Image.fromarray(pixels)
+    expected = extractor.preprocess(as_tensor(pixels), 40)
+    assert torch.equal(extractor.preprocess(rgb, 40), expected)
+    opaque = rgb.copy()
+    opaque.putalpha(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56), dtype=np.uint8)))
+    assert torch.equal(extractor.preprocess(opaque, 40), expected)
+    for mode in ("1", "L", "LA", "P", "CMYK", "YCbCr", "HSV"):
+        converted = rgb.convert(mode)
+        same = as_tensor(np.array(converted.convert("RGB")))
+        assert torch.equal(extractor.preprocess(converted, 40), extractor.preprocess(same, 40)), mode
+
+
+def test_sixteen_bits_are_scaled_not_clipped(extractor):
+    values = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
+    grey = torch.from_numpy((values / 257).round().astype(np.uint8)).expand(3, -1, -1)
+    for image in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+        assert torch.equal(extractor.preprocess(image, 40), extractor.preprocess(grey, 40)), image.mode
+
+
+def test_orientation_is_applied(extractor):
+    pixels = photo(40, 80)
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    turned.getexif()[0x0112] = 6  # shown turned by a quarter to the right
+    assert torch.equal(extractor.preprocess(turned, 40), extractor.preprocess(as_tensor(pixels), 40))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(1, 9, 9, dtype=torch.uint8), r"not torch.uint8 \[1, 9, 9\]"),
+        (torch.zeros(3, 9, 9, dtype=torch.int64), r"not torch.int64 \[3, 9, 9\]"),
+        (np.zeros((9, 9, 3), np.uint8), "not ndarray"),
+        (Image.fromarray(np.zeros((9, 9), np.float32)), "floating-point values"),
+    ],
+)
+def test_what_is_no_image(extractor, image, message):
+    with pytest.raises(OpsinError, match=message):
+        extractor.features([image])
+    with pytest.raises(OpsinError, match="there are no images"):
+        extractor.features([])
+    with pytest.raises(OpsinError, match="size 0 is no number of pixels"):
+        extractor.features(torch.zeros(3, 9, 9, dtype=torch.uint8), size=0)
+    with pytest.raises(OpsinError, match="takes 4 channels: pass float batches"):
+        FeatureExtractor(registry.create("vit_nano8", depth=1, channels=4)).features(image)
+
+
+# ---- features
+
+
+def test_one_image_a_list_and_a_batch_agree(extractor):
+    images = [as_tensor(photo(64, 64, seed)) for seed in range(3)]
+    batch = torch.stack([extractor.preprocess(image, 64) for image in images])
+    features = extractor.features(batch)
+    assert features.cls.shape == (3, 128)
+    assert features.registers.shape == (3, 0, 128)
+    assert features.patches.shape == (3, 8, 8, 128)
+    for given_images in (images, torch.stack(images), [Image.fromarray(photo(64, 64, seed)) for seed in range(3)]):
+        assert torch.equal(extractor.features(given_images, size=64).patches, features.patches)
+    torch.testing.assert_close(extractor.features(images[1], size=64).cls, features.cls[1:2])
+    assert not torch.allclose(features.cls[0], features.cls[1])
+
+
+def test_chosen_layers(extractor):
+    batch = torch.randn(2, 3, 32, 40)
+    last, first = extractor.features(batch, layers=[-1, 0])
+    assert torch.equal(last.cls, extractor.features(batch).cls)
+    raw = extractor.features(batch, layers=[0], normalise=False)[0]
+    assert torch.equal(extractor.backbone.norm(raw.patches), first.patches)
+
+
+def test_images_of_different_shapes_come_out_one_by_one(extractor):
+    shapes = [(64, 64), (64, 96), (90, 64), (64, 64)]
+    images = [as_tensor(photo(h, w, seed)) for seed, (h, w) in enumerate(shapes)]
+    with pytest.raises(OpsinError, match=r"come out at 3 sizes \(64×64, 64×96, 88×64…\).*use each\(images\)"):
+        extractor.features(images, size=64)
+    for image, features in zip(images, extractor.each(images, size=64), strict=True):
+        alone = extractor.features(image, size=64)
+        for together, separate in zip(features, alone, strict=True):
+            torch.testing.assert_close(together, separate, rtol=0, atol=1e-5)
+
+
+def test_features_can_train_a_head(extractor):
+    head = torch.nn.Linear(128, 2)
+    head(extractor.features(torch.randn(2, 3, 16, 16)).cls).sum().backward()
+    assert head.weight.grad is not None
+    assert extractor.backbone.cls_token.grad is None
+    assert not extractor.backbone.training
+
+
+def test_the_backbones_precision_is_kept(extractor):
+    half = FeatureExtractor(registry.create("vit_nano8", depth=1).bfloat16())
+    assert half.features(as_tensor(photo(20, 20)), size=16).cls.dtype == torch.bfloat16
+
+
+# ---- load
+
+
+def test_load_by_name_and_by_path(tmp_path, capsys):
+    source, path = registry.create("vit_nano8"), tmp_path / "w.safetensors"
+    weights.save(source, path)
+    for extractor in (load("vit_nano8", path), load(path), load(str(path)), load("vit_nano8", str(path), device="cpu")):
+        assert torch.equal(extractor.backbone.mask_token, source.mask_token)
+        assert extractor.backbone.arch == source.arch
+        assert len(extractor.report.matched) == len(source.state_dict())
+        assert extractor.device.type == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(OpsinError, match="'dinov2_vits14' names an architecture and weights are not downloaded: pass"):
+        load("dinov2_vits14")
+    with pytest.raises(OpsinError, match=r"no such file or folder\) 'dinov2_vits4': did you mean 'dinov2_vits14'"):
+        load("dinov2_vits4")
+    path = tmp_path / "w.safetensors"
+    weights.save(registry.create("vit_nano8", depth=1), path)
+    with pytest.raises(OpsinError, match="weights are given twice"):
+        load(path, path)
+    with pytest.raises(OpsinError, match=r"depth 1 \(model: 4\)"):
+        load("vit_nano8", path)
+    with pytest.raises(OpsinError, match="there is no weights file"):
+        load("vit_nano8", tmp_path / "none")

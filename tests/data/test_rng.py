@@ -37,7 +37,9 @@ def test_a_draw_depends_on_its_own_place_only(seed, position, draws, offset):
 
 def test_streams_positions_and_seeds_do_not_share_numbers():
     numbers = [
-        uniform(seed, stream, np.arange(50), 8).ravel() for seed in (0, 1, 2**33) for stream in (Stream.CROPS, Stream.ORDER)
+        uniform(seed, stream, np.arange(50), 8).ravel()
+        for seed in (0, 1, 2**33)
+        for stream in (Stream.CROPS, Stream.ORDER)
     ]
     assert len(np.unique(np.concatenate(numbers))) == 6 * 50 * 8
 

@@ -177,7 +177,8 @@ class _CrossEntropy(torch.autograd.Function):
         # The largest weight is taken out, so that gradients of single rows do not vanish in half precision.
         scale = weights.abs().max().clamp(min=torch.finfo(score_dtype).tiny) if n else weights.new_ones(())
         inputs = [
-            torch.split(_padded(x, count * size), size) for x in (features.to(dtype), targets.features, weights / scale)
+            torch.split(_padded(x, count * size if n else 0), size)
+            for x in (features.to(dtype), targets.features, weights / scale)
         ]
         needs_gradient = any(ctx.needs_input_grad[:2])
         per_view = torch.zeros(m, dtype=score_dtype, device=features.device)
@@ -217,9 +218,9 @@ def _chunk_loss(
     """Loss of a chunk of rows by view `[m]`, and its gradient with respect to their scores `[c*m, K]`."""
     c, m, _ = z.shape
     t = teacher.shape[1]
-    student = product(z.flatten(0, 1), weight.T).div_(temperature).view(c, m, -1)
+    student = product(z.flatten(0, 1), weight.T).div_(temperature).view(c, m, len(weight))
     assigned = product(teacher.flatten(0, 1), targets.prototypes.T).div_(targets.temperature).add_(targets.bias)
-    q = torch.softmax(assigned, dim=-1).view(c, t, -1)
+    q = torch.softmax(assigned, dim=-1).view(c, t, len(weight))
     q = pairs.to(q.dtype) @ q if m * t > 1 else q * pairs.to(q.dtype)  # [c, m, K]: summed over the teacher's views
     total = pairs.sum(1).to(q.dtype)  # [m]: what q sums to over the prototypes
     log_sum = torch.logsumexp(student, dim=-1)

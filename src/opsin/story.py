@@ -69,14 +69,19 @@ def backbones(out: Path, recipe: Recipe, device: torch.device) -> tuple[VisionTr
     return before, load(out / "backbone.safetensors", device=device).backbone
 
 
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return read_metrics(out / "metrics.jsonl")
+
+
 def facts(out: Path, recipe: Recipe) -> dict[str, Any]:
     """Curves, recipe, timings and versions, from the files of a run."""
-    metrics = read_metrics(out / "metrics.jsonl")
+    records = metrics(out)
     run = json.loads((out / "run.json").read_text())
-    last = metrics[-1]
-    speeds = sorted(record["images_per_second"] for record in metrics)
-    step_seconds = [record["step_seconds"] for record in metrics]
-    waiting = sum(record["data_seconds"] for record in metrics) / max(sum(step_seconds), 1e-9)
+    last = records[-1]
+    speeds = sorted(record["images_per_second"] for record in records)
+    step_seconds = [record["step_seconds"] for record in records]
+    waiting = sum(record["data_seconds"] for record in records) / max(sum(step_seconds), 1e-9)
     arch = recipe.backbone
     return {
         "summary": [
@@ -85,7 +90,7 @@ def facts(out: Path, recipe: Recipe) -> dict[str, Any]:
             {"label": "Images per second", "value": f"{speeds[len(speeds) // 2]:.0f}"},
             {"label": "Final loss", "value": f"{last['loss']:.3f}"},
         ],
-        "curves": loss_curves(metrics),
+        "curves": loss_curves(records),
         "timings": [
             {"label": "Median step", "value": f"{sorted(step_seconds)[len(step_seconds) // 2]:.3f} s"},
             {"label": "Waiting for images", "value": f"{waiting:.1%} of the time"},

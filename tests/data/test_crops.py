@@ -183,7 +183,7 @@ def test_gpu_crops_are_the_cpus(photo):
 
 
 def test_bad_recipes():
-    with pytest.raises(OpsinError, match="crops.global_scale"):
+    with pytest.raises(OpsinError, match=r"crops.global_scale"):
         CropRecipe(global_scale=(0.5, 0.2))
-    with pytest.raises(OpsinError, match="crops.mean has 1 entries and crops.std 3"):
+    with pytest.raises(OpsinError, match=r"crops.mean has 1 entries and crops.std 3"):
         CropRecipe(mean=(0.5,))

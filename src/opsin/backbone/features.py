@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -15,6 +14,7 @@ from opsin.backbone import weights as files
 from opsin.backbone.vit import Features, VisionTransformer
 from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
 from opsin.errors import OpsinError, unknown
+from opsin.pixels import rgb
 
 RawImage = Tensor | Image.Image
 """A uint8 RGB tensor `[3, H, W]`, or a PIL image of any mode."""
@@ -23,10 +23,11 @@ RawImage = Tensor | Image.Image
 class FeatureExtractor:
     """A backbone in eval mode with the preprocessing that it expects.
 
-    An image is a uint8 tensor `[3, H, W]` or a PIL image: its EXIF orientation is applied, alpha is dropped, 16 bit is
-    scaled to 8. It is resized with its aspect kept: the shorter side to `size` pixels, then both sides to the nearest
-    multiple of the patch, in one antialiased bicubic resize without a crop; then scaled to [0, 1] and normalised with
-    ImageNet's mean and standard deviation. What already is a float batch `[B, C, H, W]` is taken as it is.
+    An image is a uint8 tensor `[3, H, W]` or a PIL image: its EXIF orientation is applied and any mode becomes 8-bit
+    RGB (see `opsin.pixels`). It is resized with its aspect kept: the shorter side to `size` pixels, then both sides to
+    the nearest multiple of the patch, in one antialiased bicubic resize without a crop; then scaled to [0, 1] and
+    normalised with ImageNet's mean and standard deviation. What already is a float batch `[B, C, H, W]` is taken as it
+    is.
     """
 
     def __init__(self, backbone: VisionTransformer, report: files.LoadReport | None = None) -> None:
@@ -190,17 +191,10 @@ def evaluation_transform(image: Tensor, size: int) -> Tensor:
 def _pixels(image: RawImage) -> Tensor:
     """A uint8 RGB tensor `[3, H, W]` of any accepted image."""
     if isinstance(image, Image.Image):
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bit, which Pillow's own conversion would clip instead of scale
-            values = np.asarray(upright).astype(np.float64) / 257 + 0.5
-            grey = torch.from_numpy(values.clip(0, 255).astype(np.uint8))
-            return grey.expand(3, -1, -1)
-        if upright.mode == "F":
-            raise OpsinError(
-                "a PIL image of floating-point values has no known range: convert it to RGB, or pass a prepared float "
-                "batch [B, 3, H, W]."
-            )
-        return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+        try:
+            return torch.from_numpy(rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+        except ValueError as error:
+            raise OpsinError(f"a PIL image of mode {image.mode} has no known range: {error}.") from None
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise OpsinError(f"an image must be a uint8 tensor [3, H, W] or a PIL image, not {given}: convert it.")

@@ -34,6 +34,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from opsin.errors import OpsinError
+from opsin.pixels import rgb
 
 # The part after "+" tells CPU from CUDA builds, which carry the same libjpeg.
 DECODER: Final = f"torchvision {torchvision.__version__.split('+')[0]}, Pillow {PIL.__version__}" + "".join(
@@ -234,18 +235,7 @@ def _reduced(image: ImageFile.ImageFile, min_side: int | None) -> bool:
 def _pillow(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     """Decode with Pillow into `[H, W, 3]`."""
     image.load()
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit samples have no stated range, convert the file to 8 or 16 bits")
-    rgb: Image.Image
-    if image.mode.startswith("I;16"):
-        rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        rgb = Image.new("RGB", image.size, "white")
-        rgb.paste(rgba, mask=rgba.getchannel("A"))
-    else:
-        rgb = image.convert("RGB")
-    return np.array(rgb)
+    return rgb(image)
 
 
 def _reason(error: Exception) -> str:

@@ -78,9 +78,13 @@ class StreamRecipe:
     """All that decides the contents of a batch."""
 
     seed: int
+    """Of everything that is drawn."""
     batch: BatchRecipe
+    """Sizes of the batch, its parts and its groups."""
     crops: CropRecipe
+    """Of the crops."""
     masks: MaskRecipe
+    """Of the masks."""
     patch: int
     """Side of a patch in pixels, for the masks' grid."""
     depth: int

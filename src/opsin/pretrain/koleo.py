@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CLOSEST = 1e-6
-"""Distances are not taken below this: two copies of an image have distance 0, whose logarithm and gradient are infinite.
+"""Distances are not taken below this: copies of an image have distance 0, whose logarithm and gradient are infinite.
 Below it the term is constant and has no gradient. It is ten times fp32's resolution, and well below the distances of a
 fresh network with LayerScale 1e-5 (some 1e-5 between images), which must still be driven apart."""
 

@@ -33,7 +33,7 @@ from opsin.errors import OpsinError
 from opsin.pretrain import checkpoint
 from opsin.pretrain.monitor import Metrics, Skips, Terminal
 from opsin.pretrain.objective import Network, Objective, total
-from opsin.pretrain.optim import AdamW, LossScale, update_teacher
+from opsin.pretrain.optim import AdamW, LossScale, scalar_dtype, update_teacher
 from opsin.pretrain.recipe import Recipe, read, to_yaml
 from opsin.pretrain.schedules import scheduled
 
@@ -133,7 +133,9 @@ def pretrain(
             waited += time.perf_counter() - began
 
             values = scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size)
-            scalar = {name: torch.tensor(value, device=on) for name, value in asdict(values).items()}
+            scalar = {
+                name: torch.tensor(value, dtype=scalar_dtype(on), device=on) for name, value in asdict(values).items()
+            }
             targets = objective.targets(batch, scalar["teacher_temperature"])
             sums: dict[str, Tensor] = {}
             optimiser.zero_grad()

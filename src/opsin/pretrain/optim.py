@@ -67,6 +67,11 @@ def group_of(name: str, depth: int, recipe: OptimRecipe) -> Group:
     return Group(rate, decays, "last_layer" in name)
 
 
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """Of rates, momenta and counts: fp64 where there is one; MPS has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class AdamW:
     """AdamW (Loshchilov & Hutter, 1711.05101) on named parameters, each with its group."""
 
@@ -77,8 +82,7 @@ class AdamW:
         self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
-        # fp32 counts to 16 million exactly; the bias corrections of MPS have no fp64.
-        self.count = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        self.count = torch.zeros((), dtype=scalar_dtype(device), device=device)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -115,8 +119,8 @@ class AdamW:
             grad = torch.where(finite, p.grad, 0)
             step_rate = (last_layer_rate if group.last_layer else rate) * group.rate * finite
             mean, square = self.mean[name], self.square[name]
-            mean.lerp_(grad, ((1 - beta1) * finite).to(mean.dtype))
-            square.lerp_(grad.square(), ((1 - beta2) * finite).to(square.dtype))
+            mean.lerp_(grad, (1 - beta1) * finite.to(mean.dtype))
+            square.lerp_(grad.square(), (1 - beta2) * finite.to(square.dtype))
             if group.decays:
                 p.mul_(1 - step_rate * decay)
             denominator = (square.sqrt() / correction2).add_(self.recipe.epsilon)

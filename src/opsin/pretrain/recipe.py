@@ -214,17 +214,18 @@ def preset(name: str) -> Recipe:
 
 def _coerced(value: Any, to: type) -> Any:
     """YAML reads 1e-4 as text, and fields hold whole numbers as floats: numbers are converted, nothing else is."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a number, not {value!r}")
-    number = float(value)
-    if to is int and not number.is_integer():
-        raise ValueError(f"expected a whole number, not {value!r}")
-    return to(number)
+    try:
+        number = float("no number" if isinstance(value, bool) else value)
+        if to is float or number.is_integer():
+            return to(number)
+    except (TypeError, ValueError):
+        pass
+    raise OpsinError(f"{value!r} is not a {'whole ' if to is int else ''}number")
 
 
 def _truth(value: Any, _: type) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, not {value!r}")
+        raise OpsinError(f"{value!r} is not true or false")
     return value
 
 
@@ -252,15 +253,12 @@ def from_yaml(text: str, where: str) -> Recipe:
     except OpsinError as error:
         raise OpsinError(f"{where}: {error}") from None
     except Exception as error:
-        inner = [e for e in _leaves(error) if isinstance(e, OpsinError)]
-        reason = str(inner[0]) if inner else "; ".join(cattrs.transform_error(error, path="recipe"))
-        raise OpsinError(f"{where} is not a recipe: {reason}") from None
+        reasons = cattrs.transform_error(error, path="recipe", format_exception=_reason)
+        raise OpsinError(f"{where} is not a recipe: {'; '.join(reasons)}") from None
 
 
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for e in error.exceptions for leaf in _leaves(e)]
-    return [error]
+def _reason(error: BaseException, kind: type | None) -> str:
+    return str(error) if isinstance(error, OpsinError) else cattrs.v.format_exception(error, kind)
 
 
 def read(path: Path) -> Recipe:

@@ -1,0 +1,49 @@
+# Two commands do everything on a bare machine with Python 3.11 or newer: `make quickstart` and `make test`.
+# Both create .venv and install what they need into it; neither needs root or a GPU.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint bench clean
+
+quickstart: $(VENV)/.quickstart
+	@echo "== Training a small backbone on photos that came with the packages (a few minutes) =="
+	$(BIN)/opsin quickstart
+
+test: $(VENV)/.dev
+	@echo "== Running the tests (a few minutes; slow ones are in make test-all) =="
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.dev
+	@echo "== Running all tests, slow ones too =="
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/loss.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@echo "== Creating $(VENV) =="
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Opsin needs Python 3.11 or newer, and $(PYTHON) is older: give another with PYTHON=python3.12 make ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml
+	@echo "== Installing opsin into $(VENV): torch is large, the first time takes some minutes =="
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	@echo "== Installing opsin with its tests into $(VENV): torch is large, the first time takes some minutes =="
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.quickstart

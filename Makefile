@@ -15,9 +15,9 @@ test: $(VENV)/.dev
 	@echo "== Running the tests (a few minutes; slow ones are in make test-all) =="
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/.dev
-	@echo "== Running all tests, slow ones too =="
-	$(BIN)/pytest -n 2
+test-all: test
+	@echo "== Running the slow tests =="
+	$(BIN)/pytest -n 2 -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """The `opsin` command: every sub-command is a typed function, its docstring the help."""
 
+import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -209,27 +211,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-COMMANDS = ("pretrain", "features", "evaluate", "quickstart", "recipes")
+COMMANDS: dict[str, Callable[..., int]] = {
+    "pretrain": pretrain(PRESETS["cpu"]()),
+    "features": features,
+    "evaluate knn": evaluate_knn,
+    "quickstart": quickstart,
+    "recipes": recipes,
+}
 
 
 def _run(arguments: list[str]) -> int:
-    first = arguments[0] if arguments else "--help"
-    if not first.startswith("-") and first not in COMMANDS:
-        raise unknown("command", first, COMMANDS)
-    settings = preset(_value_of("--recipe", arguments) or "cpu") if first == "pretrain" else PRESETS["cpu"]()
-    if first == "pretrain":
-        _check_options(arguments[1:], settings)
-    commands: dict[str, Callable[..., Any]] = {
-        "pretrain": pretrain(settings),
-        "features": features,
-        "evaluate knn": evaluate_knn,
-        "quickstart": quickstart,
-        "recipes": recipes,
-    }
-    status: int = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="opsin", description=opsin.__doc__, args=arguments
-    )
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(f"{opsin.__doc__}\n\nusage: opsin COMMAND [options], opsin COMMAND --help\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:14} {(command.__doc__ or '').splitlines()[0]}")
+        return 0
+    name, rest = _command(arguments)
+    command = COMMANDS[name]
+    options = {parameter.replace("_", "-"): p for parameter, p in inspect.signature(command).parameters.items()}
+    if name == "pretrain":
+        settings = preset(_value_of("--recipe", rest) or "cpu")
+        command = pretrain(settings)
+        known = {*options, *_dotted(settings)} - {"settings"}
+    else:
+        known = set(options)
+    if not {"-h", "--help"} & set(rest):
+        _check_options(name, rest, known, [o for o, p in options.items() if p.default is inspect.Parameter.empty])
+    status: int = tyro.cli(command, prog=f"opsin {name}", args=rest)
     return status
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of the command, of one word or two, and its options."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    given = " ".join(word for word in arguments[:2] if not word.startswith("-"))
+    raise unknown("command", given or arguments[0], COMMANDS)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
@@ -242,27 +260,24 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _check_options(arguments: list[str], settings: Recipe) -> None:
-    """Name an unknown option together with the nearest known one, before tyro lists all of them."""
-    known = {"data", "out", "recipe", "device", "accept-changes", "no-accept-changes", "report", "no-report", "help"}
-    known |= set(_dotted(settings))
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0].replace("_", "-")
-            if name not in known:
-                raise unknown("option", "--" + name, ["--" + k for k in known])
+def _check_options(command: str, arguments: list[str], known: set[str], required: list[str]) -> None:
+    """Name an unknown option together with the nearest known one, and a missing one, in one sentence each."""
+    given = [a[2:].partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    for name in given:
+        # a flag is switched off by no- before its last part: --no-report, --data.no-upsample
+        if name not in known and re.sub(r"(^|\.)no-", r"\1", name) not in known:
+            raise unknown("option", "--" + name, ["--" + k for k in known])
+    missing = [name for name in required if name not in given]
+    if missing:
+        needed = " and ".join(f"--{name}" for name in missing)
+        raise OpsinError(f"opsin {command} needs {needed}: see opsin {command} --help.")
 
 
 def _dotted(tree: Any, prefix: str = "") -> list[str]:
     names = []
     for f in fields(tree):
         value, name = getattr(tree, f.name), prefix + f.name.replace("_", "-")
-        if is_dataclass(value):
-            names += _dotted(value, name + ".")
-        else:
-            names.append(name)
-            if get_type_hints(type(tree))[f.name] is bool:
-                names.append(prefix + "no-" + f.name.replace("_", "-"))
+        names += _dotted(value, name + ".") if is_dataclass(value) else [name]
     return names
 
 

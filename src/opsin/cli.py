@@ -197,18 +197,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit status: 0, 2 after a mistake of the user's, 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments[:1] == ["--version"]:
-            print(f"opsin {opsin.__version__}")
-            return 0
-        return _run(arguments)
+        status = _run(arguments)
     except OpsinError as error:
         print(f"opsin: {error}", file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    except SystemExit as end:  # of tyro, after help or a value that does not fit
+        status = int(end.code or 0)
+    except BrokenPipeError:
+        status = 0
+    try:
+        sys.stdout.flush()  # here, because at exit a closed pipe would be told as an error
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return status
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -221,6 +224,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"opsin {opsin.__version__}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(f"{opsin.__doc__}\n\nusage: opsin COMMAND [options], opsin COMMAND --help\n")
         for name, command in COMMANDS.items():
@@ -266,7 +272,7 @@ def _check_options(command: str, arguments: list[str], known: set[str], required
     for name in given:
         # a flag is switched off by no- before its last part: --no-report, --data.no-upsample
         if name not in known and re.sub(r"(^|\.)no-", r"\1", name) not in known:
-            raise unknown("option", "--" + name, ["--" + k for k in known])
+            raise unknown("option", "--" + name, ["--help", *("--" + k for k in known)])
     missing = [name for name in required if name not in given]
     if missing:
         needed = " and ".join(f"--{name}" for name in missing)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from opsin.backbone import vit
 from opsin.backbone.vit import Architecture, Features, VisionTransformer
 from opsin.errors import OpsinError
 
@@ -284,3 +285,21 @@ def test_initialisation_is_that_of_the_reference():
 def test_images_that_do_not_fit(shape, message):
     with pytest.raises(OpsinError, match=message):
         backbone(PLAIN)([torch.zeros(shape, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_written_out_is_the_fused_one(monkeypatch, dtype):
+    torch.manual_seed(0)
+    attention = vit.Attention(Architecture(32, 1, 4)).to(dtype)
+    x = torch.randn(5 * 9 + 3 * 20, 32, dtype=dtype)
+    layouts = [vit.Layout(5, 9), vit.Layout(3, 20)]
+    results = []
+    for short in (0, 64):
+        monkeypatch.setattr(vit, "SHORT", short)
+        inputs = x.clone().requires_grad_()
+        out = attention(inputs, layouts)
+        out.square().sum().backward()
+        results.append((out, inputs.grad))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    for written, fused in zip(*results, strict=True):
+        assert (written - fused).abs().max() <= tolerance * fused.abs().max()

@@ -5,9 +5,10 @@ import pytest
 from PIL import Image
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """A folder with 24 small photos in two classes."""
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 small photos in two classes; read only."""
+    tmp_path = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(24):
         folder = tmp_path / "photos" / ("rough" if i % 2 else "smooth")
@@ -17,7 +18,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Options that make the cpu recipe a matter of seconds."""
     options = {

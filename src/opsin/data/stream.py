@@ -8,7 +8,8 @@ of images, so they depend neither on the number of ranks nor on the split into m
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from opsin.data.crops import CropRecipe, Kind, draw_crops, render
 from opsin.data.masks import MaskRecipe, draw_masks
-from opsin.data.reader import ImageReader
+from opsin.data.reader import ImageReader, PendingImages
 from opsin.data.rng import Integers, permutation, shuffled_index
 from opsin.data.rng import Stream as RandomStream
 from opsin.errors import OpsinError
@@ -191,16 +192,30 @@ class Stream:
         position = step * size + np.arange(size, dtype=np.int64)
         return shuffled_index(self.recipe.seed, position // self.images, position % self.images, self.images)
 
-    def batches(self, first: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps `first` to `stop - 1`, decoded ahead."""
-        waiting: deque[tuple[int, object]] = deque()
-        for step in range(first, stop):
-            waiting.append((step, self.reader.submit(self.indices(step).tolist())))
-            if len(waiting) > self.data.ahead:
-                yield self._take(waiting)
-        while waiting:
-            yield self._take(waiting)
+    def batches(self, first: int, stop: int) -> Generator[Batch, None, None]:
+        """The batches of steps `first` to `stop - 1`, decoded ahead; on a CPU also rendered ahead, by one thread."""
+        waiting: deque[Future[Batch]] = deque()
+        renderer = ThreadPoolExecutor(1, "render")
+        try:
+            # The renderer computes on one core, or its many small operations would keep breaking up the training's.
+            # torch keeps the number per thread but starts new threads with the one set last: so set ours again.
+            threads = torch.get_num_threads()
+            renderer.submit(torch.set_num_threads, 1).result()
+            torch.set_num_threads(threads)
+            for step in range(first, stop):
+                images = self.reader.submit(self.indices(step).tolist())
+                waiting.append(renderer.submit(self._batch, step, images))
+                if len(waiting) > self.data.ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            renderer.shutdown(cancel_futures=True)
 
-    def _take(self, waiting: "deque[tuple[int, object]]") -> Batch:
-        step, future = waiting.popleft()
-        return Batch(self.recipe, step, future.result(), self.device)  # type: ignore[attr-defined]
+    def _batch(self, step: int, images: PendingImages) -> Batch:
+        batch = Batch(self.recipe, step, images.result(), self.device)
+        if self.device.type == "cpu" and batch.micro_batches == 1:
+            batch.crops("global", 0)
+            if self.recipe.crops.local_count:
+                batch.crops("local", 0)
+        return batch

@@ -66,8 +66,9 @@ def write_features(
     }
     parts = out.with_name(out.name + ".parts")
     try:
-        _begin(parts, settings)
-        with ImageReader(source, workers=workers, max_bad_fraction=1, log=Path(f"{out}.unreadable.jsonl")) as reader:
+        log = out.with_name(out.name + ".unreadable.jsonl")
+        _begin(parts, settings, log)
+        with ImageReader(source, workers=workers, max_bad_fraction=1, log=log) as reader:
             for start in range(0, len(source), PART):
                 stop = min(start + PART, len(source))
                 path = parts / f"{start:012d}.parquet"
@@ -78,10 +79,12 @@ def write_features(
                 else:
                     advance(stop - start)
         rows = _join(parts, out)
+        if log.exists():  # an interrupted part met its bad files twice
+            log.write_text("".join(dict.fromkeys(log.read_text().splitlines(keepends=True))))
     except (OSError, pa.ArrowInvalid) as error:
         raise OpsinError(
-            f"cannot write {shown(out)}: {getattr(error, 'strerror', None) or error}; finished parts stay in "
-            f"{shown(parts)}, and the same command goes on from them."
+            f"cannot write {shown(out)}: {getattr(error, 'strerror', None) or error}; free some space or choose "
+            f"another --out: finished parts stay in {shown(parts)}, and the same command goes on from them."
         ) from None
     shutil.rmtree(parts)
     return rows
@@ -126,8 +129,8 @@ def _schema(width: int, patches: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _begin(parts: Path, settings: dict[str, Any]) -> None:
-    """Start a folder of parts, or check that the one there was made with the same settings."""
+def _begin(parts: Path, settings: dict[str, Any], log: Path) -> None:
+    """Start a folder of parts and a log, or check that the parts there were made with the same settings."""
     file = parts / "settings.json"
     if file.exists():
         before = json.loads(file.read_text())
@@ -138,7 +141,9 @@ def _begin(parts: Path, settings: dict[str, Any]) -> None:
             )
         return
     parts.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
+    log.unlink(missing_ok=True)
+    file.with_suffix(".partial").write_text(json.dumps(settings))
+    file.with_suffix(".partial").rename(file)
 
 
 def _join(parts: Path, out: Path) -> int:

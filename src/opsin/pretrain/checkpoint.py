@@ -45,20 +45,22 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
-        weights.save(backbone, partial / "backbone.safetensors", {"opsin.step": str(step)})
+        weights.save(backbone, partial / "backbone.safetensors", {"step": str(step)})
         (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
         for file in partial.iterdir():
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync(folder(out))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, OpsinError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        # weights.save has its own sentence, this one says more: only the system's reason is taken from it
+        cause = error.__context__ if isinstance(error, OpsinError) else error
         done = steps(out)
         left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no earlier checkpoint"
         raise OpsinError(
-            f"cannot write the checkpoint {final}: {_reason(error)}; {left}. Free some space or choose another --out, "
-            "then give the same command again."
+            f"cannot write the checkpoint {final}: {_reason(cause or error)}; {left}. Free some space or choose "
+            "another --out, then give the same command again."
         ) from None
     for old in steps(out)[:-keep]:
         shutil.rmtree(folder(out) / f"step-{old:08d}", ignore_errors=True)
@@ -109,5 +111,5 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())

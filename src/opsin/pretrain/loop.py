@@ -89,8 +89,9 @@ def pretrain(
     first = done[-1] if done else 0
     terminal = Terminal(recipe.steps, first, quiet=quiet)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_disk_errors(out))
         stack.callback(terminal.close)
-        _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
+        description = _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
 
         student, teacher = build(recipe, on)
         dtype = DTYPES[recipe.precision]
@@ -116,6 +117,8 @@ def pretrain(
             )
         )
         stream = Stream(recipe.stream(), recipe.data, reader, len(source), on)
+        for name, text in description.items():  # only now: the checkpoint fits, and a refused run stays as it was
+            _write(out / name, text)
         metrics = Metrics(out / "metrics.jsonl", first)
         stack.callback(metrics.close)
         stop = stack.enter_context(_stop_signal())
@@ -126,7 +129,7 @@ def pretrain(
         saved, step = first, first
         clock = time.perf_counter()
         waited, logged = 0.0, first
-        batches = stream.batches(first, recipe.steps)
+        batches = stack.enter_context(contextlib.closing(stream.batches(first, recipe.steps)))
         while step < recipe.steps and not stop.signal:
             began = time.perf_counter()
             batch = next(batches)
@@ -177,7 +180,7 @@ def pretrain(
         if saved != step:
             save(step)
         if step == recipe.steps:
-            weights.save(teacher.backbone, out / "backbone.safetensors", {"opsin.step": str(step)})
+            weights.save(teacher.backbone, out / "backbone.safetensors", {"step": str(step)})
         else:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
         return Finished(out, step, None if step == recipe.steps else stop.signal)
@@ -248,8 +251,8 @@ def _describe(
     *,
     resumed: bool,
     accept_changes: bool,
-) -> None:
-    """Say what will run on what, write recipe.yaml and run.json, and refuse to go on with another recipe or data."""
+) -> dict[str, str]:
+    """Say what will run on what, refuse to go on with another recipe or data; returns recipe.yaml and run.json."""
     summary = summarise(source, workers=recipe.data.threads())
     terminal.say(str(summary))
     _check_sizes(recipe, source, summary)
@@ -279,13 +282,35 @@ def _describe(
                 f"{out} holds a run that differs in {'; '.join(changed)}: give the settings it began with, another "
                 "--out, or --accept-changes."
             )
-    recipe_path.write_text(to_yaml(recipe))
-    facts_path.write_text(json.dumps(facts, indent=1))
     batch = recipe.batch
     terminal.say(
         f"{recipe.steps} steps of {batch.size} images ({batch.micro_batches} × {batch.size // batch.micro_batches}) on "
         f"{facts['device']} in {recipe.precision}: {recipe.steps * batch.size / len(source):.1f} epochs; run in {out}"
     )
+    return {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """A full or failing disk, in whichever file of the run it is met, as one sentence."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        done = checkpoint.steps(out)
+        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
+        raise OpsinError(
+            f"cannot read or write the files of the run {out}: {error.strerror}; {left}. Free some space or choose "
+            "another --out, then give the same command again."
+        ) from None
 
 
 def _check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:

@@ -17,8 +17,8 @@ SHARED = {"constants", "errors", "pixels"}
 MAY_IMPORT = {
     "backbone": SHARED,
     "data": SHARED,
-    **dict.fromkeys(("curate", "pretrain", "distill", "evaluate", "export", "report"), {"backbone", "data", *SHARED}),
-    **dict.fromkeys(SHARED, SHARED),
+    **{job: {"backbone", "data"} | SHARED for job in ("curate", "pretrain", "distill", "evaluate", "export", "report")},
+    **{module: SHARED for module in SHARED},
 }
 """What a folder or module may import beside itself; cli, story, quickstart and the root bring everything together."""
 ABOVE = {"cli", "story", "quickstart", "__init__"}

@@ -144,7 +144,7 @@ def test_too_many_bad_files_stop_the_run(tmp_path):
     assert str(caught.value) == (
         "10 of the 109 files tried cannot be decoded, more than data.max_bad_fraction = 0.05 allows, for example "
         f"0100.png ({reason}), 0102.png ({reason}), 0104.png ({reason}): mend or remove the bad files of "
-        f"{tmp_path}/data ({log} lists all), or allow more with --data-max-bad-fraction."
+        f"{tmp_path}/data ({log} lists all), or allow more with --data.max-bad-fraction."
     )
 
 

@@ -162,7 +162,9 @@ def test_an_unwritable_place_is_one_sentence(extractor, source, tmp_path):
     with pytest.raises(OpsinError) as refused:
         write_features(extractor, source, tmp_path / "file" / "f.parquet", size=SIZE)
     said = str(refused.value)
-    assert said.startswith(f"cannot write {tmp_path / 'file' / 'f.parquet'}: Not a directory; free some space or choose")
+    assert said.startswith(
+        f"cannot write {tmp_path / 'file' / 'f.parquet'}: Not a directory; free some space or choose"
+    )
     assert "\n" not in said
     assert (tmp_path / "file").read_text() == "kept"
 

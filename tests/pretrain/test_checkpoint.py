@@ -137,7 +137,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, failing):
 
 def test_an_unwritable_place_is_one_sentence(tmp_path, backbone):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OpsinError, match=r"Not a directory; there is no earlier checkpoint\. Free some space or choose"):
+    with pytest.raises(
+        OpsinError, match=r"Not a directory; there is no earlier checkpoint\. Free some space or choose"
+    ):
         checkpoint.save(tmp_path / "file", 1, tensors(), backbone, {}, keep=1)
 
 
@@ -178,7 +180,7 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, backbone, harm):
         "meta cut": lambda: meta.write_text(meta.read_text()[:-3]),
     }
     harms[harm]()
-    with pytest.raises(OpsinError, match="cannot be read .*: remove this folder to go on from the one before") as said:
+    with pytest.raises(OpsinError, match=r"cannot be read .*: remove this folder to go on from the one before") as said:
         checkpoint.load(tmp_path, 3, blank(tensors()))
     assert str(path) in str(said.value)
     assert "\n" not in str(said.value)

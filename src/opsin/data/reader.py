@@ -140,7 +140,7 @@ class ImageReader:
             raise self._too_many(
                 f"{bad} of the {tried} files tried cannot be decoded, more than data.max_bad_fraction = "
                 f"{self.max_bad_fraction:g} allows",
-                ", or allow more with --data-max-bad-fraction",
+                ", or allow more with --data.max-bad-fraction",
             )
 
     def _write(self, index: int, reason: str) -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "backbone": SHARED,
     "data": SHARED,
     **{job: {"backbone", "data"} | SHARED for job in ("curate", "pretrain", "distill", "evaluate", "export", "report")},
-    **{module: SHARED for module in SHARED},
+    **dict.fromkeys(SHARED, SHARED),
 }
 """What a folder or module may import beside itself; cli, story, quickstart and the root bring everything together."""
 ABOVE = {"cli", "story", "quickstart", "__init__"}

@@ -24,7 +24,7 @@ def short(monkeypatch):
 
 
 def test_tiles_of_both_colours_share_no_pixel():
-    photo = torch.arange(3 * 200 * 260).reshape(3, 200, 260)
+    photo = torch.arange(3 * 300 * 400).reshape(3, 300, 400)
     train, test = quickstart.cut({"a": photo, "b": photo + 10**6})
     seen, held = (torch.cat([tile.flatten() for tile in tiles.images]) for tiles in (train, test))
     assert not np.intersect1d(seen.numpy(), held.numpy()).size
@@ -74,7 +74,7 @@ def test_it_writes_the_report_and_all_four_numbers(tmp_path, capsys):
 def test_own_photos(tmp_path):
     random = np.random.default_rng(0)
     for i in range(3):
-        Image.fromarray(random.integers(0, 256, (150, 200, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+        Image.fromarray(random.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
     Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "small.jpg")
     assert main(["quickstart", "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())

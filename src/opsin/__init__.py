@@ -5,19 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "create", "load", "preset", "pretrain"]
+__all__ = ["__version__", "create", "load", "preset"]
 
 if TYPE_CHECKING:
     from opsin.backbone.features import load
     from opsin.backbone.registry import create
-    from opsin.pretrain.loop import pretrain
     from opsin.pretrain.recipe import preset
 
 _HOMES = {
     "create": "opsin.backbone.registry",
     "load": "opsin.backbone.features",
     "preset": "opsin.pretrain.recipe",
-    "pretrain": "opsin.pretrain.loop",
 }
 
 

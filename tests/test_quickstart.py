@@ -29,15 +29,15 @@ def test_tiles_of_both_colours_share_no_pixel():
     seen, held = (torch.cat([tile.flatten() for tile in tiles.images]) for tiles in (train, test))
     assert not np.intersect1d(seen.numpy(), held.numpy()).size
     assert len(seen) == len(seen.unique())
-    assert train.labels.bincount().tolist() == [6, 6]
-    assert test.labels.bincount().tolist() == [6, 6]
+    assert train.labels.bincount().tolist() == [12, 12]
+    assert test.labels.bincount().tolist() == [12, 12]
 
 
-def test_queries_are_recoloured_and_repeatable():
+def test_queries_are_changed_and_repeatable():
     _, test = quickstart.cut(quickstart.shipped_photos())
-    queries, labels = quickstart.recoloured(test, 0)
-    again, _ = quickstart.recoloured(test, 0)
-    other, _ = quickstart.recoloured(test, 1)
+    queries, labels = quickstart.changed(test, 0)
+    again, _ = quickstart.changed(test, 0)
+    other, _ = quickstart.changed(test, 1)
     assert torch.equal(queries, again)
     assert not torch.equal(queries, other)
     assert torch.equal(labels, test.labels.repeat(quickstart.QUERIES))
@@ -74,9 +74,11 @@ def test_it_writes_the_report_and_all_four_numbers(tmp_path, capsys):
 def test_own_photos(tmp_path):
     random = np.random.default_rng(0)
     for i in range(3):
-        Image.fromarray(random.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
-    Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "small.jpg")
-    assert main(["quickstart", "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 0
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (200, 300, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.jpg")
+    Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "photos" / "small.jpg")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no photo")
+    assert main(["quickstart", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "photos")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["chance"] == pytest.approx(1 / 3)
 
@@ -85,3 +87,17 @@ def test_too_few_photos(tmp_path):
     Image.new("RGB", (300, 300)).save(tmp_path / "one.png")
     with pytest.raises(OpsinError, match=r"1 photo\(s\) of 128 × 128 pixels or more, and the quickstart needs two"):
         quickstart.own_photos(tmp_path)
+
+
+def test_other_photos_of_the_same_names_are_not_the_old_ones(tmp_path):
+    for shade in (0, 255):
+        _, tiles = quickstart.cut({"a": torch.full((3, 128, 128), shade, dtype=torch.uint8)})
+        quickstart.save(tmp_path / "tiles", tiles, ["a"])
+    written = sorted((tmp_path / "tiles").rglob("*.png"))
+    assert len(written) == len(tiles.images)
+    assert all(np.asarray(Image.open(path)).min() == 255 for path in written)
+
+
+def test_the_output_may_not_lie_among_the_photos(tmp_path, capsys):
+    assert main(["quickstart", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "lies inside --data" in capsys.readouterr().err

@@ -174,6 +174,13 @@ def test_neighbours_are_the_nearest_and_never_the_image_itself():
     assert len(few[0]["nearest"]) == 1
 
 
+def test_an_image_is_not_its_own_neighbour_in_the_measure():
+    tokens = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    table = story._measures({"before": tokens, "after": tokens}, labels=list(range(6)))  # no two of one class
+    assert table["rows"][0] == ["kNN, 10 neighbours, leave one out", "0.000", "0.000"]
+    assert table["note"] == "On 6 images of the training data."
+
+
 @pytest.mark.parametrize(
     ("count", "wanted", "rows"), [(10, 5, [1, 3, 5, 7, 9]), (3, 5, [0, 1, 2]), (1, 4, [0]), (512, 2, [128, 384])]
 )

@@ -40,7 +40,8 @@ def pretrain(settings: Recipe) -> Callable[..., int]:
         Args:
             data: a folder of images of any depth, or a text file that lists images.
             out: folder of the run: weights, checkpoints, metrics, report.
-            recipe: a name that `opsin recipes` lists, or a recipe.yaml of an earlier run.
+            recipe: a name that `opsin recipes` lists, or the recipe.yaml of an earlier run. The defaults shown for
+                the other options are those of this recipe (of `cpu` while none is given).
             settings: any field of the recipe.
             device: cuda, mps or cpu; by default the first of these that is there.
             accept_changes: go on although recipe, data or decoder differ from those the run began with.
@@ -224,6 +225,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def _run(arguments: list[str]) -> int:
+    if "" in arguments:
+        raise OpsinError("an option has an empty value: leave it out, or give it one.")
     if arguments[:1] == ["--version"]:
         print(f"opsin {opsin.__version__}")
         return 0
@@ -253,6 +256,9 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         if (name := " ".join(arguments[:words])) in COMMANDS:
             return name, arguments[words:]
     given = " ".join(word for word in arguments[:2] if not word.startswith("-"))
+    tasks = [name for name in COMMANDS if name.startswith(given + " ")]
+    if tasks:
+        raise OpsinError(f"opsin {given} needs a task: opsin {', opsin '.join(tasks)}.")
     raise unknown("command", given or arguments[0], COMMANDS)
 
 
@@ -292,6 +298,8 @@ def _load(model: str | None, weights: Path, device: str | None) -> Any:
     from opsin.pretrain.loop import pick_device
 
     on = pick_device(device)
+    if not weights.exists():
+        raise OpsinError(f"there is no file or folder {weights}: give --weights the path of a backbone.")
     return load(weights, device=on) if model is None else load(model, weights, device=on)
 
 

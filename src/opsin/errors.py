@@ -1,7 +1,11 @@
 """The one exception that a user is meant to read."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+FINITE = sys.float_info.max
+"""Upper end of a range that only excludes infinity."""
 
 
 class OpsinError(Exception):
@@ -17,3 +21,13 @@ def unknown(what: str, given: str, known: Iterable[str]) -> OpsinError:
     near = get_close_matches(given, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}."
     return OpsinError(f"unknown {what} '{given}': {hint}")
+
+
+def within(part: object, prefix: str, **ranges: tuple[float, float]) -> None:
+    """Check that fields of a recipe's part, numbers or tuples of numbers, lie in closed ranges; NaN lies in none."""
+    for name, (low, high) in ranges.items():
+        value = getattr(part, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                allowed = f"{low:g} or more" if high == FINITE else f"from {low:g} to {high:g}"
+                raise OpsinError(f"{prefix}{name} is {value}: give {allowed}.")

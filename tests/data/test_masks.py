@@ -53,7 +53,7 @@ def test_a_group_draws_the_same_in_any_company(seed, step, groups, crops, side):
 
 
 def test_bad_shares():
-    with pytest.raises(OpsinError, match=r"shares between 0 and 1"):
+    with pytest.raises(OpsinError, match=r"masks.ratio is \(0.5, 0.1\): give the smaller"):
         MaskRecipe(ratio=(0.5, 0.1))
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,14 @@ def test_unreadable_files_are_listed_once_with_the_reason(extractor, source, tmp
     assert "not a JPEG, PNG" in reasons["2b.png"]
 
 
+def test_a_mended_file_is_no_longer_listed(extractor, photos, tmp_path):
+    data, out = shutil.copytree(photos, tmp_path / "data"), tmp_path / "f.parquet"
+    assert write_features(extractor, scan(data), out, size=SIZE) == len(SHAPES)
+    shutil.copy(data / "0.png", data / "2b.png")
+    assert write_features(extractor, scan(data), out, size=SIZE) == len(SHAPES) + 1
+    assert unreadable(out) == ["9.jpg"]
+
+
 @pytest.mark.parametrize("stop_after", [3, 5])  # at the end of the first part, and inside the second
 def test_an_interrupted_extraction_goes_on_and_gives_the_same_file(
     extractor, source, tmp_path, monkeypatch, stop_after
@@ -129,6 +138,7 @@ def test_an_interrupted_extraction_goes_on_and_gives_the_same_file(
     assert sum(computed) == len(source) - 3
     assert sum(shown) == len(source)  # the bar begins where it stopped, and ends full
     assert out.read_bytes() == whole.read_bytes()
+    assert list(rows_of(out)) == [path for path in source.paths if path not in ("2b.png", "deep/9.jpg")]
     assert unreadable(out) == unreadable(whole) == ["2b.png", "9.jpg"]
     assert not parts.exists()
 

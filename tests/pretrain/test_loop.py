@@ -1,5 +1,6 @@
 """Whole runs of the real command in processes of their own."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -116,6 +117,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(photos, tiny, tmp_path, uni
 def test_what_a_run_leaves(photos, tiny, tmp_path, uninterrupted):
     out = uninterrupted
     assert {p.name for p in out.iterdir()} == {
+        ".lock",
         "backbone.safetensors",
         "cache",
         "checkpoints",
@@ -152,6 +154,47 @@ def test_another_recipe_or_other_images_are_refused(photos, tiny, tmp_path, unin
     assert said.strip().splitlines()[-1].startswith("opsin: ")
     (photos / "rough" / "01.png").unlink()
     assert "the images (24 then, 23 now)" in run(photos, out, tiny, status=2)
+    run(photos, out, [*tiny, "--accept-changes"])
+
+
+def test_a_folder_holds_one_run_at_a_time(photos, tiny, tmp_path):
+    out = tmp_path / "busy"
+    out.mkdir()
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert f"another run is writing into {out}" in run(photos, out, tiny, status=2)
+
+
+def test_weights_that_are_not_finite_are_never_saved(photos, tiny, tmp_path):
+    code = """
+import torch
+from opsin.pretrain import loop
+step = loop.update_teacher
+def broken(teacher, student, momentum, finite):
+    teacher = list(teacher)
+    step(teacher, student, momentum, finite)
+    broken.calls += 1
+    if broken.calls == 5:
+        teacher[0].fill_(float("inf"))
+broken.calls = 0
+loop.update_teacher = broken
+"""
+    out = tmp_path / "inf"
+    said = run(photos, out, tiny, status=2, code=code)
+    assert "hold NaN or infinity after step 6: nothing was saved" in said
+    assert checkpoint.steps(out) == [3]
+
+
+def test_what_a_damaged_folder_says(photos, tiny, tmp_path, uninterrupted):
+    out = shutil.copytree(uninterrupted, tmp_path / "damaged")
+    (checkpoint.folder(out) / "step-00000006 (copy)").mkdir()
+    with (out / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b"123\nnull\n\xff\xfe\n")
+    run(photos, out, tiny)
+    assert_same_run(out, uninterrupted)
+    assert "12 steps already: give --steps 12 or more" in run(photos, out, [*tiny, "--steps", "6"], status=2)
+    (out / "run.json").write_text("[]")
+    assert "run.json is missing or damaged" in run(photos, out, tiny, status=2)
     run(photos, out, [*tiny, "--accept-changes"])
 
 

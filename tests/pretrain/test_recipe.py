@@ -53,6 +53,38 @@ def test_what_is_wrong_is_named(old, new, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "just words", "1: 2"])
+def test_what_is_no_recipe_at_all(text):
+    with pytest.raises(OpsinError, match=r"mine.yaml is not a recipe: it must hold names and values"):
+        from_yaml(text, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("backbone", "heads", 0),
+        ("backbone", "depth", -1),
+        ("backbone", "patch", 0),
+        ("backbone", "channels", 4),
+        ("crops", "local_size", 0),
+        ("crops", "std", (0.0, 0.0, 0.0)),
+        ("crops", "blur", (0.0, 2.0, 0.0)),
+        ("masks", "min_aspect", 0.0),
+        ("data", "workers", -1),
+        ("schedule", "rate", float("nan")),
+        ("schedule", "momentum", (2.0, 2.0)),
+        ("optim", "clip", float("inf")),
+        ("heads", "hidden", 0),
+        ("loss", "student_temperature", 0.0),
+        ("checkpoint", "keep", 0),
+    ],
+)
+def test_numbers_outside_their_range_are_named(part, name, value):
+    recipe = preset("cpu")
+    with pytest.raises(OpsinError, match=rf"{part}.{name} is "):
+        dataclasses.replace(recipe, **{part: dataclasses.replace(getattr(recipe, part), **{name: value})})
+
+
 def test_an_unknown_preset_suggests_the_nearest():
     with pytest.raises(OpsinError, match=r"unknown recipe 'vitl16short': did you mean 'vitl16-short'\?"):
         preset("vitl16short")

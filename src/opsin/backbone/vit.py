@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opsin.errors import OpsinError
+from opsin.errors import OpsinError, within
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Architecture:
     """Antialias when positions are resampled: off in the plain released models, on with registers."""
 
     def __post_init__(self) -> None:
+        ones = dict.fromkeys(("width", "depth", "heads", "patch", "channels", "grid"), (1, 1e6))
+        within(self, "backbone.", **ones, registers=(0, 1e4), layerscale=(0, 1e3), position_offset=(0, 1))
         if self.width % self.heads:
             raise OpsinError(
                 f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}: change one of them."

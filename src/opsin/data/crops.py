@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
 from opsin.data.rng import Floats, Integers, Stream, uniform
-from opsin.errors import OpsinError
+from opsin.errors import FINITE, OpsinError, within
 
 Kind = Literal["global", "local"]
 
@@ -71,8 +71,15 @@ class CropRecipe:
             raise OpsinError(
                 f"crops.mean has {len(self.mean)} entries and crops.std {len(self.std)}: give both one per channel."
             )
-        if self.local_count < 0:
-            raise OpsinError(f"crops.local_count is {self.local_count}: give 0 or more.")
+        share = (0.0, 1.0)
+        within(self, "crops.", flip=share, jitter=share, gray=share, blur=share, solarize=share)
+        within(self, "crops.", global_size=(1, 1e5), local_size=(1, 1e5), local_count=(0, 1e3), aspect=(1e-2, 1e2))
+        within(self, "crops.", brightness=share, contrast=share, saturation=share, hue=(0, 0.5))
+        within(self, "crops.", blur_sigma=(1e-3, 1e3), mean=(-FINITE, FINITE), std=(1e-6, FINITE))
+        for name in ("aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise OpsinError(f"crops.{name} is ({low}, {high}): give the smaller number first.")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opsin.data.rng import Floats, Integers, Stream, uniform
-from opsin.errors import OpsinError
+from opsin.errors import OpsinError, within
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class MaskRecipe:
     """Aspect ratios of blocks are log-uniform in [min_aspect, 1 / min_aspect]."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.probability <= 1 and 0 <= self.ratio[0] <= self.ratio[1] <= 1):
-            raise OpsinError("masks.probability and masks.ratio are shares between 0 and 1, the smaller ratio first.")
+        within(self, "masks.", probability=(0, 1), ratio=(0, 1), min_block=(1, 1e6), min_aspect=(1e-2, 1))
+        if self.ratio[0] > self.ratio[1]:
+            raise OpsinError(f"masks.ratio is {self.ratio}: give the smaller share first.")
 
 
 def draw_masks(

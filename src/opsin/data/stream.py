@@ -21,7 +21,7 @@ from opsin.data.masks import MaskRecipe, draw_masks
 from opsin.data.reader import ImageReader, PendingImages
 from opsin.data.rng import Integers, permutation, shuffled_index
 from opsin.data.rng import Stream as RandomStream
-from opsin.errors import OpsinError
+from opsin.errors import OpsinError, within
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class DataRecipe:
     """Share of unreadable images above which the run stops; below it they are logged and replaced."""
     upsample: bool = False
     """Accept images whose shorter side is below the global crop; they are enlarged."""
+
+    def __post_init__(self) -> None:
+        within(self, "data.", workers=(0, 4096), ahead=(0, 1000), max_bad_fraction=(0, 1))
 
     def threads(self) -> int:
         """Decoding threads to start."""
@@ -55,6 +58,7 @@ class BatchRecipe:
     (a GPU's batch in the reference: 32 for ViT-L/14, 12 for ViT-g/14). Changes the result a little."""
 
     def __post_init__(self) -> None:
+        within(self, "batch.", size=(1, 2**31), group=(1, 2**24))
         if self.group < 2 or self.size < self.group or self.size % self.group:
             nearest = max(self.group, 2) * max(1, round(self.size / max(self.group, 2)))
             raise OpsinError(

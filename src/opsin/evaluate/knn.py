@@ -139,7 +139,9 @@ def knn(
     for name, value in (("k", min(k, default=0)), ("size", size), ("batch_size", batch_size), ("workers", workers)):
         if value < 1:
             raise OpsinError(f"{name} {value} is too small: give 1 or more.")
-    if temperature <= 0:
+    if seed < 0:
+        raise OpsinError(f"seed {seed} is below 0: give 0 or more.")
+    if not temperature > 0:
         raise OpsinError(f"temperature {temperature:g} is not above 0: give, for example, 0.07.")
     train, labels = _labelled(data)
     if len(train) < 2:
@@ -221,7 +223,7 @@ def _labelled(data: Path) -> tuple[Source, NDArray[np.int64]]:
 
 def _renumbered(test: Source, test_labels: NDArray[np.int64], train: Source) -> NDArray[np.int64]:
     """The test set's labels in the numbering of the train set's classes."""
-    if test.root == train.root:
+    if test.root.samefile(train.root):
         raise OpsinError(
             f"{shown(test.root)} is given as train and as test folder, so every image would find itself: leave out the "
             "test folder to have it split."

@@ -32,7 +32,8 @@ def folder(out: Path) -> Path:
 
 def steps(out: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder(out).glob("step-*") if path.is_dir())
+    found = (path.name.removeprefix("step-") for path in folder(out).glob("step-*") if path.is_dir())
+    return sorted(int(step) for step in found if step.isdecimal())
 
 
 def save(
@@ -90,7 +91,7 @@ def load(out: Path, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                             "made with, or another --out."
                         )
                     target.copy_(value)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise OpsinError(
             f"the checkpoint {path} cannot be read ({_reason(error)}): remove this folder to go on from the one before."
         ) from None

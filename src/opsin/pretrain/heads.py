@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opsin.errors import OpsinError
+from opsin.errors import within
 from opsin.pretrain.prototypes import Prototypes
 
 
@@ -31,9 +31,11 @@ class HeadRecipe:
     """Width of the MLP's hidden layers."""
 
     def __post_init__(self) -> None:
-        for name in ("dino_prototypes", "dino_bottleneck", "ibot_prototypes", "ibot_bottleneck", "layers", "hidden"):
-            if getattr(self, name) < 1:
-                raise OpsinError(f"heads.{name} is {getattr(self, name)}: give 1 or more.")
+        prototypes = ("dino_prototypes", "ibot_prototypes")
+        widths = ("dino_bottleneck", "ibot_bottleneck", "hidden")
+        within(
+            self, "heads.", **dict.fromkeys(prototypes, (1, 1e8)), **dict.fromkeys(widths, (1, 1e6)), layers=(1, 100)
+        )
 
 
 class Head(nn.Module):

@@ -7,6 +7,7 @@ step. The same command goes on where a stopped or killed run left off, bit for b
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
@@ -26,6 +28,7 @@ from torch import Tensor
 import opsin
 from opsin.backbone import weights
 from opsin.data.decode import DECODER
+from opsin.data.masks import draw_masks
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, Summary, scan, summarise
 from opsin.data.stream import Stream
@@ -84,12 +87,16 @@ def pretrain(
     """
     out, on = _folder(Path(out)), pick_device(device)
     _check_precision(recipe, on)
+    _check_masks(recipe)
     source = scan(data, cache=out / "cache", progress=not quiet)
-    done = checkpoint.steps(out)
-    first = done[-1] if done else 0
-    terminal = Terminal(recipe.steps, first, quiet=quiet)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disk_errors(out))
+        stack.enter_context(_only_run(out))
+        done = checkpoint.steps(out)
+        first = done[-1] if done else 0
+        if first > recipe.steps:
+            raise OpsinError(f"{out} holds a run of {first} steps already: give --steps {first} or more.")
+        terminal = Terminal(recipe.steps, first, quiet=quiet)
         stack.callback(terminal.close)
         description = _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
 
@@ -124,6 +131,7 @@ def pretrain(
         stop = stack.enter_context(_stop_signal())
 
         def save(step: int) -> None:
+            _check_finite(state, step)
             checkpoint.save(out, step, state, teacher.backbone, {"recipe": asdict(recipe)}, recipe.checkpoint.keep)
 
         saved, step = first, first
@@ -221,7 +229,44 @@ def pick_device(name: str | None) -> torch.device:
     if not present.get(kind, False):
         there = ", ".join(kind for kind, is_there in present.items() if is_there)
         raise OpsinError(f"there is no device '{name}' on this machine: give --device {there}, or leave it out.")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise OpsinError(f"'{name}' is no device: give cpu, mps, cuda or cuda:N.") from None
+
+
+@contextlib.contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    """Hold the run's folder: two runs would write into each other's checkpoints."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OpsinError(
+                f"another run is writing into {out}: wait for it, stop it, or choose another --out."
+            ) from None
+        yield
+
+
+def _check_finite(state: Mapping[str, Tensor], step: int) -> None:
+    bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise OpsinError(
+            f"{len(bad)} tensors of the run, such as {bad[0]}, hold NaN or infinity after step {step}: nothing was "
+            "saved, and the last checkpoint is intact. Start again with a lower --schedule.rate in another --out."
+        )
+
+
+def _check_masks(recipe: Recipe) -> None:
+    """Refuse settings with which the patch loss would silently be zero."""
+    masks, side = recipe.masks, recipe.crops.global_size // recipe.backbone.patch
+    if recipe.loss.ibot == 0 or masks.probability == 0 or masks.ratio[1] == 0:
+        return
+    if not draw_masks(masks, recipe.seed, 0, np.arange(8), 2 * recipe.batch.group, (side, side)).any():
+        raise OpsinError(
+            f"no mask fits the {side}×{side} patches of a global crop, so the patch loss would be nothing: enlarge "
+            "crops.global_size, lower masks.min_block, or set loss.ibot to 0."
+        )
 
 
 def _check_precision(recipe: Recipe, device: torch.device) -> None:
@@ -271,7 +316,7 @@ def _describe(
     }
     recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
     if resumed and not accept_changes:
-        before = json.loads(facts_path.read_text())
+        before = _facts(facts_path)
         changed = _differences(asdict(read(recipe_path)), asdict(recipe))
         if before["data"]["fingerprint"] != source.fingerprint:
             changed.append(f"the images ({before['data']['images']} then, {len(source)} now)")
@@ -288,6 +333,19 @@ def _describe(
         f"{facts['device']} in {recipe.precision}: {recipe.steps * batch.size / len(source):.1f} epochs; run in {out}"
     )
     return {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What run.json says of the run that began in this folder."""
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        facts["decoder"], facts["data"]["fingerprint"], facts["data"]["images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OpsinError(
+            f"{path} is missing or damaged, so nothing says what the run beside it was made with: give "
+            "--accept-changes to go on regardless, or another --out."
+        ) from None
+    return facts
 
 
 def _write(path: Path, text: str) -> None:
@@ -352,7 +410,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM and a lost terminal end the run after the step in progress; a second Ctrl-C ends it at once."""
     stop = _Stop()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -361,7 +419,7 @@ def _stop_signal() -> Iterator[_Stop]:
         stop.signal = number
 
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     except ValueError:  # not in the main thread: the caller's signals stay the caller's
         yield stop
         return

@@ -6,7 +6,6 @@ left out so far), images_per_second, step_seconds and data_seconds (of that, wai
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,12 +25,12 @@ class Metrics:
     def __init__(self, path: Path, finished_steps: int) -> None:
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if record["step"] <= finished_steps:
+                    keep = json.loads(line)["step"] <= finished_steps
+                except (ValueError, KeyError, TypeError):
+                    continue  # the last line of a killed run, or no record
+                if keep:
                     kept.append(line)
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(line + "\n" for line in kept))
@@ -87,7 +86,6 @@ class Terminal:
         self.steps, self.quiet = steps, quiet
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._last_line = 0.0
-        self._start, self._first = time.monotonic(), finished
         self._bar: Progress | None = None
         if not quiet and self.console.is_terminal:
             self._bar = Progress(
@@ -119,9 +117,8 @@ class Terminal:
             self._bar.update(self._task, completed=step, description=text)
         elif not self.quiet and (time.monotonic() - self._last_line > 10 or step == self.steps):
             self._last_line = time.monotonic()
-            rate = (step - self._first) / max(self._last_line - self._start, 1e-9)
-            left = (self.steps - step) / max(rate, 1e-9)
-            print(f"step {step}/{self.steps} · {text} · {left / 60:.1f} min left", file=sys.stderr, flush=True)  # noqa: T201
+            left = (self.steps - step) * record["step_seconds"] / 60
+            self.console.print(f"step {step}/{self.steps} · {text} · {left:.1f} min left", markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.data.crops import Kind
 from opsin.data.stream import Batch
-from opsin.errors import OpsinError
+from opsin.errors import within
 from opsin.pretrain.heads import Head, HeadRecipe
 from opsin.pretrain.koleo import koleo
 from opsin.pretrain.prototypes import Prototypes, Targets
@@ -43,10 +43,8 @@ class LossRecipe:
     """Momentum of the moving average, for centering: average."""
 
     def __post_init__(self) -> None:
-        if self.student_temperature <= 0:
-            raise OpsinError(f"loss.student_temperature is {self.student_temperature}: give a number above 0.")
-        if self.sinkhorn_iterations < 1:
-            raise OpsinError(f"loss.sinkhorn_iterations is {self.sinkhorn_iterations}: give 1 or more.")
+        within(self, "loss.", dino=(0, 1e6), ibot=(0, 1e6), koleo=(0, 1e6), student_temperature=(1e-3, 1e3))
+        within(self, "loss.", sinkhorn_iterations=(1, 1000), centre_momentum=(0, 1))
 
 
 class Network(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opsin.errors import OpsinError
+from opsin.errors import FINITE, within
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class OptimRecipe:
     """Largest gradient norm of each part (backbone, DINO head, iBOT head); 0 does not clip."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.betas[0] < 1 and 0 <= self.betas[1] < 1):
-            raise OpsinError(f"optim.betas is {self.betas}: give two numbers from 0 up to, not including, 1.")
-        if self.clip < 0:
-            raise OpsinError(f"optim.clip is {self.clip}: give a norm above 0, or 0 for no clipping.")
+        within(self, "optim.", betas=(0, 1 - 1e-9), epsilon=(0, 1), layer_decay=(1e-3, 1), patch_embed_rate=(0, 1e3))
+        within(self, "optim.", clip=(0, FINITE))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from opsin.backbone.vit import Architecture
 from opsin.data.crops import CropRecipe
 from opsin.data.masks import MaskRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe, StreamRecipe
-from opsin.errors import OpsinError, unknown
+from opsin.errors import FINITE, OpsinError, unknown, within
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.objective import LossRecipe
 from opsin.pretrain.optim import OptimRecipe
@@ -34,8 +34,7 @@ class CheckpointRecipe:
     """Latest checkpoints that stay."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise OpsinError("checkpoint.every and checkpoint.keep must be 1 or more.")
+        within(self, "checkpoint.", every=(1, FINITE), keep=(1, FINITE))
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ class Recipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.log_every < 1:
-            raise OpsinError("steps and log_every must be 1 or more.")
-        if not 0 <= self.drop_path < 1:
-            raise OpsinError(f"drop_path is {self.drop_path}: give a share from 0 up to, not including, 1.")
+        within(self, "", steps=(1, 2**28), log_every=(1, FINITE), max_skipped=(0, FINITE), seed=(0, 2**63 - 1))
+        within(self, "", drop_path=(0, 0.99))
+        if self.backbone.channels != 3:
+            raise OpsinError(f"backbone.channels is {self.backbone.channels}: files are read as RGB, so give 3.")
         if len(self.crops.mean) != self.backbone.channels:
             raise OpsinError(
                 f"backbone.channels is {self.backbone.channels} but crops.mean and crops.std have "
@@ -248,6 +247,8 @@ def from_yaml(text: str, where: str) -> Recipe:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise OpsinError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise OpsinError(f"{where} is not a recipe: it must hold names and values, as a run's recipe.yaml does.")
     try:
         return _converter().structure(tree, Recipe)
     except OpsinError as error:
@@ -265,6 +266,7 @@ def read(path: Path) -> Recipe:
     """The recipe of a YAML file."""
     try:
         text = path.read_text()
-    except OSError as error:
-        raise OpsinError(f"cannot read the recipe {path}: {error.strerror}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise OpsinError(f"cannot read the recipe {path}: {reason}. Give a name that `opsin recipes` lists.") from None
     return from_yaml(text, str(path))

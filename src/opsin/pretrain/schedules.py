@@ -6,7 +6,7 @@ All are pure functions of the step, so a resumed run needs no scheduler state.
 import math
 from dataclasses import dataclass
 
-from opsin.errors import OpsinError
+from opsin.errors import FINITE, within
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,9 @@ class ScheduleRecipe:
     """Steps in which the prototypes are not updated; their optimiser state advances."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "teacher_temperature_steps", "freeze_last_layer_steps"):
-            if getattr(self, name) < 0:
-                raise OpsinError(f"schedule.{name} is {getattr(self, name)}: give 0 or more.")
-        if min(self.teacher_temperature) <= 0:
-            raise OpsinError(f"schedule.teacher_temperature is {self.teacher_temperature}: temperatures are above 0.")
+        steps = ("warmup_steps", "teacher_temperature_steps", "freeze_last_layer_steps")
+        within(self, "schedule.", **dict.fromkeys(steps, (0, FINITE)), rate=(0, 1e3), final_rate=(0, 1e3))
+        within(self, "schedule.", decay=(0, 1e3), momentum=(0, 1), teacher_temperature=(1e-3, 1e3))
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def test_register_positions_are_antialiased_to_the_exact_size():
 @settings(max_examples=60, deadline=None)
 @given(h=st.integers(1, 90), w=st.integers(1, 90), offset=st.sampled_from([0.0, 0.1]), grid=st.integers(2, 40))
 def test_positions_have_the_size_asked_for(h, w, offset, grid):
-    arch = Architecture(width=2, depth=0, heads=1, grid=grid, position_offset=offset, position_antialias=not offset)
+    arch = Architecture(width=2, depth=1, heads=1, grid=grid, position_offset=offset, position_antialias=not offset)
     assert VisionTransformer(arch).positions(h, w).shape == (1, 1 + h * w, 2)
 
 

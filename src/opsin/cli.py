@@ -145,6 +145,8 @@ def evaluate_knn(
 
     from opsin.evaluate.knn import knn
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
     extractor = _load(model, weights, device)
     result = knn(
         extractor.backbone,

@@ -35,7 +35,7 @@ def test_numbers_survive_yaml(rate, steps, drop):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps: 300", "stepss: 300", "stepss"),
+        ("steps: 300", "stepss: 300", r"unknown field 'stepss': did you mean 'steps'\?"),
         ("steps: 300", "steps: many", "steps"),
         ("steps: 300", "steps: 3.5", "whole number"),
         ("compile: false", "compile: 1", "true or false"),

@@ -21,7 +21,7 @@ from opsin.data.masks import MaskRecipe, draw_masks
 from opsin.data.reader import ImageReader, PendingImages
 from opsin.data.rng import Integers, permutation, shuffled_index
 from opsin.data.rng import Stream as RandomStream
-from opsin.errors import OpsinError, within
+from opsin.errors import FINITE, OpsinError, within
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BatchRecipe:
     (a GPU's batch in the reference: 32 for ViT-L/14, 12 for ViT-g/14). Changes the result a little."""
 
     def __post_init__(self) -> None:
-        within(self, "batch.", size=(1, 2**31), group=(1, 2**24))
+        within(self, "batch.", size=(1, FINITE), group=(1, 2**24))
         if self.group < 2 or self.size < self.group or self.size % self.group:
             nearest = max(self.group, 2) * max(1, round(self.size / max(self.group, 2)))
             raise OpsinError(

@@ -55,6 +55,8 @@ def write_features(
     Raises:
         OpsinError: the parts at `out` are of another extraction, or the disk is full.
     """
+    if out.is_dir() or not out.name:
+        raise OpsinError(f"--out {shown(out)} is a folder: give the name of a Parquet file.")
     if batch_size < 1 or workers < 1:
         raise OpsinError("--batch-size and --workers must be 1 or more.")
     settings = {

@@ -5,7 +5,7 @@ dotted name (`--schedule.rate 1e-3`); the resolved recipe is written beside the 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ def cpu() -> Recipe:
     It shows that everything works and learns something of the images at hand; it does not give general features.
     """
     return Recipe(
-        backbone=architecture("vit_nano8"),
+        backbone=replace(architecture("vit_nano8"), layerscale=1.0),  # 1e-5 would need thousands of steps to wake up
         steps=300,
         drop_path=0.0,
         precision="fp32",
@@ -184,7 +184,7 @@ def cpu() -> Recipe:
             rate=8e-3,
             warmup_steps=30,
             decay=(0.04, 0.1),
-            momentum=(0.98, 1.0),
+            momentum=(0.9, 1.0),
             teacher_temperature_steps=90,
             freeze_last_layer_steps=10,
         ),
@@ -259,7 +259,11 @@ def from_yaml(text: str, where: str) -> Recipe:
 
 
 def _reason(error: BaseException, kind: type | None) -> str:
-    return str(error) if isinstance(error, OpsinError) else cattrs.v.format_exception(error, kind)
+    if isinstance(error, OpsinError):
+        return str(error)
+    if isinstance(error, cattrs.ForbiddenExtraKeysError):
+        return str(unknown("field", sorted(error.extra_fields)[0], [f.name for f in fields(error.cl)]))
+    return cattrs.v.format_exception(error, kind)
 
 
 def read(path: Path) -> Recipe:

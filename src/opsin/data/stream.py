@@ -197,15 +197,12 @@ class Stream:
         return shuffled_index(self.recipe.seed, position // self.images, position % self.images, self.images)
 
     def batches(self, first: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of steps `first` to `stop - 1`, decoded ahead; on a CPU also rendered ahead, by one thread."""
+        """The batches of steps `first` to `stop - 1`, decoded ahead; on a CPU also rendered ahead."""
         waiting: deque[Future[Batch]] = deque()
-        renderer = ThreadPoolExecutor(1, "render")
+        torch.get_num_threads()  # fixes this thread's number: torch starts a thread with the number set last anywhere
+        # Each renderer computes on one core: its many small operations gain nothing from two, and hold up the training.
+        renderer = ThreadPoolExecutor(self.data.threads(), "render", torch.set_num_threads, (1,))
         try:
-            # The renderer computes on one core, or its many small operations would keep breaking up the training's.
-            # torch keeps the number per thread but starts new threads with the one set last: so set ours again.
-            threads = torch.get_num_threads()
-            renderer.submit(torch.set_num_threads, 1).result()
-            torch.set_num_threads(threads)
             for step in range(first, stop):
                 images = self.reader.submit(self.indices(step).tolist())
                 waiting.append(renderer.submit(self._batch, step, images))

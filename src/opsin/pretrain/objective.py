@@ -84,6 +84,8 @@ class Objective:
     def __init__(self, loss: LossRecipe, student: Network, teacher: Network, dtype: torch.dtype) -> None:
         self.loss, self.student, self.teacher, self.dtype = loss, student, teacher, dtype
         self.weights_dtype = student.backbone.cls_token.dtype
+        # Scores need products with an fp32 result, which a CPU has not for half precision: rounding would gain nothing.
+        self.scores_dtype = dtype if student.backbone.cls_token.device.type != "cpu" else self.weights_dtype
         prototypes = (teacher.dino_head.last_layer, teacher.patch_head.last_layer)
         self.centres = {
             name: layer.weight_g.new_zeros(len(layer.weight_g))
@@ -115,9 +117,9 @@ class Objective:
 
     def _balanced(self, name: str, layer: Prototypes, features: Tensor, temperature: Tensor) -> Targets:
         if self.loss.centering == "sinkhorn":
-            return layer.balance(features, temperature, self.loss.sinkhorn_iterations, self.dtype)
+            return layer.balance(features, temperature, self.loss.sinkhorn_iterations, self.scores_dtype)
         centre = self.centres[name]
-        targets = layer.centre(features, temperature, centre.clone(), self.dtype)
+        targets = layer.centre(features, temperature, centre.clone(), self.scores_dtype)
         if len(features):  # the centre in use is one step old, as in the reference
             centre.lerp_(layer.mean_scores(features), 1 - self.loss.centre_momentum)
         return targets

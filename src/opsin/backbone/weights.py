@@ -225,7 +225,7 @@ def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whe
 
 def _resample(table: Tensor, arch: Architecture, grid: int) -> Tensor:
     """The position table `[1, 1 + grid*grid, D]` resampled for `arch`."""
-    source = VisionTransformer(replace(arch, grid=grid, width=table.shape[2], heads=1, depth=0)).to(table.dtype)
+    source = VisionTransformer(replace(arch, grid=grid, width=table.shape[2], heads=1, depth=1)).to(table.dtype)
     with torch.no_grad():
         source.pos_embed.copy_(table)
         return source.positions(arch.grid, arch.grid)

@@ -1,5 +1,4 @@
 import math
-import resource
 import subprocess
 import sys
 
@@ -102,10 +101,9 @@ def test_sinkhorn_survives_prototypes_of_norm_five_in_fp32():
 def test_balancing_balances():
     teacher, _, zt, *_ = case(1.0, torch.float64, n=400, k=20)
     targets = teacher.balance(zt, torch.tensor(0.1, dtype=torch.float64), 50, torch.float64)
-    entropy, use = P.entropy_and_use(targets)
-    assert torch.allclose(use, torch.full_like(use, 1 / 20), atol=1e-6)
     q = torch.softmax(zt.flatten(0, 1) @ teacher.weight().T / 0.1 + targets.bias, dim=1)
-    assert entropy.item() == pytest.approx(-(q * q.log()).sum(1).mean().item())
+    use = q.mean(0)
+    assert torch.allclose(use, torch.full_like(use, 1 / 20), atol=1e-6)
 
 
 def test_centering_is_the_softmax_of_centred_scores():
@@ -170,4 +168,3 @@ def test_memory_grows_with_rows_times_bottleneck_not_prototypes():
     grown_bytes = int(grown.stdout) * unit
     one_score_matrix = rows * 16_384 * 4
     assert grown_bytes < one_score_matrix / 8  # measured: some 10 MiB against 1 GiB
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

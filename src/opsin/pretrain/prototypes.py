@@ -15,7 +15,6 @@ Sinkhorn–Knopp stays in the log domain: exp(z w / 0.04) leaves fp32's range on
 Letters: n rows (images, or masked patches), m student views and t teacher views of a row, d bottleneck, K prototypes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,21 +228,3 @@ def _chunk_loss(
     ds = student.sub_(log_sum[..., None]).exp_().mul_(total[:, None]).sub_(q)
     ds.mul_((row_weights / temperature)[:, None, None])
     return loss, ds.flatten(0, 1)
-
-
-def entropy_and_use(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Mean entropy in nats of the assignments, and the mean assignment `[K]`: the monitor's view of the teacher."""
-    entropy = torch.zeros((), dtype=targets.bias.dtype, device=targets.bias.device)
-    use = torch.zeros_like(targets.bias)
-    rows = targets.features.flatten(0, 1)
-    for z in _row_chunks(rows, len(targets.prototypes)):
-        log_q = torch.log_softmax(product(z, targets.prototypes.T) / targets.temperature + targets.bias, dim=-1)
-        q = log_q.exp()
-        entropy -= (q * log_q).sum()
-        use += q.sum(0)
-    return entropy / len(rows), use / len(rows)
-
-
-def _row_chunks(rows: Tensor, prototypes: int) -> Iterator[Tensor]:
-    _, size = chunks(len(rows), 1, prototypes, rows.device)
-    yield from torch.split(rows, size)

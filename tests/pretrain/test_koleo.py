@@ -52,3 +52,8 @@ def test_it_stays_exact_inside_autocast():
 def test_spread_points_cost_less_than_crowded_ones():
     crowded = torch.ones(1, 8, 4) + 0.01 * torch.randn(1, 8, 4)
     assert koleo(torch.randn(1, 8, 4)) < koleo(crowded)
+
+
+def test_a_sample_is_never_its_own_neighbour():
+    opposite = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
+    assert koleo(opposite).item() == pytest.approx(-torch.tensor(2.0).log().item())

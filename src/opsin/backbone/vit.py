@@ -80,6 +80,19 @@ class Layout(NamedTuple):
     tokens: int
 
 
+class Kept(NamedTuple):
+    """The samples that one branch of one block computes, as rows of the packed token matrix `[T, D]`."""
+
+    layouts: Sequence[Layout]
+    """Of the kept samples."""
+    rows: Tensor
+    """`[R]`: their rows in the token matrix."""
+    place: Tensor
+    """`[T]`: where each row of the token matrix is among the kept ones, -1 if it is not."""
+    scale: Tensor
+    """`[R]`: B/K of the row's batch, so that the expectation is that of the full batch."""
+
+
 SHORT = 64
 """Up to this many tokens a CPU is faster with attention written out: torch's fused kernel needs five to eight times as
 long for a backward in bf16 over 10 to 37 tokens."""
@@ -109,16 +122,18 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Attend within every image that `layouts` lists, in order; returns `[T, D]`."""
+        projected: Tensor = self.proj(self.attend(self.qkv(x_TD), layouts))
+        return projected
+
+    def attend(self, qkv: Tensor, layouts: Sequence[Layout]) -> Tensor:
+        """Attention proper: queries, keys and values `[T, 3 D]` to `[T, D]`."""
         attended = []
-        for (images, tokens), qkv in zip(
-            layouts, torch.split(self.qkv(x_TD), [b * n for b, n in layouts]), strict=True
-        ):
-            q, k, v = qkv.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
+        for (images, tokens), part in zip(layouts, torch.split(qkv, [b * n for b, n in layouts]), strict=True):
+            q, k, v = part.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
             short = qkv.device.type == "cpu" and tokens <= SHORT
             out = _products(q, k) @ v if short else F.scaled_dot_product_attention(q, k, v)
             attended.append(out.transpose(1, 2).reshape(images * tokens, -1))
-        projected: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
-        return projected
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
     def weights(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """The attention matrix `[B, heads, N, N]` that `forward` never forms; for pictures."""
@@ -185,40 +200,47 @@ class Block(nn.Module):
         self.mlp = Mlp(arch) if arch.ffn == "mlp" else SwiGLU(arch)
         self.ls2 = LayerScale(arch)
 
-    def forward(self, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Tensor] | None = None) -> Tensor:
-        """One block; `kept` holds for every batch of `layouts` the samples `[2, K]` that each branch computes."""
+    def forward(self, x_TD: Tensor, layouts: Sequence[Layout], kept: tuple[Kept, Kept] | None = None) -> Tensor:
+        """One block; `kept` holds the samples that attention and feed-forward compute, None that they compute all."""
         if kept is None:
             x_TD = x_TD + self._attention(x_TD, layouts)
-            return x_TD + self._feed_forward(x_TD, layouts)
-        x_TD = _on_kept(self._attention, x_TD, layouts, [k[0] for k in kept])
-        return _on_kept(self._feed_forward, x_TD, layouts, [k[1] for k in kept])
+            return x_TD + self._feed_forward(x_TD)
+        attention, feed_forward = kept
+        x_TD = _added(x_TD, self._attention(x_TD[attention.rows], attention.layouts), attention)
+        return _added(x_TD, self._feed_forward(x_TD[feed_forward.rows]), feed_forward)
 
     def _attention(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
         out: Tensor = self.ls1(self.attn(self.norm1(x_TD), layouts))
         return out
 
-    def _feed_forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        del layouts  # row by row: where an image begins does not matter
+    def _feed_forward(self, x_TD: Tensor) -> Tensor:
         out: Tensor = self.ls2(self.mlp(self.norm2(x_TD)))
         return out
 
 
-def _on_kept(branch, x_TD: Tensor, layouts: Sequence[Layout], kept: Sequence[Tensor]) -> Tensor:  # type: ignore[no-untyped-def]
-    """Add `branch` to the kept samples only, times B/K, so that its expectation is that of the full batch."""
-    rows, start = [], 0
-    for (images, tokens), index in zip(layouts, kept, strict=True):
-        rows.append(start + (index[:, None] * tokens + torch.arange(tokens, device=index.device)).flatten())
+def _added(x_TD: Tensor, branch: Tensor, kept: Kept) -> Tensor:
+    return x_TD.index_add(0, kept.rows, (branch * kept.scale[:, None]).to(x_TD.dtype))
+
+
+def kept_rows(kept: Sequence[Tensor], layouts: Sequence[Layout], dtype: torch.dtype) -> list[tuple[Kept, Kept]]:
+    """For every block the rows that its two branches compute, of the kept samples `[depth, 2, K]` of every batch."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    parts, scales, kept_layouts, start = [], [], [], 0
+    for samples, (images, tokens) in zip(kept, layouts, strict=True):
+        offsets = start + torch.arange(tokens, device=samples.device)
+        parts.append((samples[..., None] * tokens + offsets).flatten(2))
+        kept_layouts.append(Layout(samples.shape[-1], tokens))
+        share = images / samples.shape[-1]
+        scales.append(torch.full((parts[-1].shape[-1],), share, dtype=dtype, device=samples.device))
         start += images * tokens
-    all_rows = torch.cat(rows)
-    kept_layouts = [Layout(len(index), layout.tokens) for layout, index in zip(layouts, kept, strict=True)]
-    out = branch(x_TD[all_rows], kept_layouts)
-    scaled = torch.cat(
-        [
-            part * (layout.images / len(index))
-            for part, layout, index in zip(torch.split(out, [len(r) for r in rows]), layouts, kept, strict=True)
-        ]
-    )
-    return x_TD.index_add(0, all_rows, scaled.to(x_TD.dtype))
+    rows, scale = torch.cat(parts, dim=-1), torch.cat(scales)  # [depth, 2, R], [R]
+    places = rows.new_full((*rows.shape[:2], start), -1)
+    places.scatter_(2, rows, torch.arange(rows.shape[2], device=rows.device).expand_as(rows))
+    both = [
+        [Kept(kept_layouts, *branch, scale) for branch in zip(*block, strict=True)]
+        for block in zip(rows, places, strict=True)
+    ]
+    return [(attention, feed_forward) for attention, feed_forward in both]
 
 
 class VisionTransformer(nn.Module):
@@ -266,8 +288,9 @@ class VisionTransformer(nn.Module):
                 compute (stochastic depth by skipping, paper §5), their result scaled by B/K; None computes all.
         """
         x_TD, layouts, grids = self._embed(crops, masks)
-        for i, block in enumerate(self.blocks):
-            x_TD = block(x_TD, layouts, None if kept is None else [k[i] for k in kept])
+        rows = [None] * len(self.blocks) if kept is None else kept_rows(kept, layouts, x_TD.dtype)
+        for block, kept_by_block in zip(self.blocks, rows, strict=True):
+            x_TD = block(x_TD, layouts, kept_by_block)
         return self._unpack(self.norm(x_TD), layouts, grids)
 
     def layers(self, images: Tensor, layers: Sequence[int], *, normalise: bool = True) -> list[Features]:

@@ -16,7 +16,8 @@ from opsin.backbone.registry import architecture
 from opsin.data.crops import CropRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe
 from opsin.pretrain.heads import HeadRecipe
-from opsin.pretrain.loop import build, pretrain
+from opsin.pretrain.loop import pretrain
+from opsin.pretrain.step import build
 from opsin.pretrain.recipe import Recipe, cpu
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def test_before_is_what_the_run_began_with_and_after_what_it_ended_with(labelled
         return networks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opsin.pretrain.loop.build", lambda *given: look(build(*given)))
+        patch.setattr("opsin.pretrain.step.build", lambda *given: look(build(*given)))
         torch.manual_seed(99)  # the state of the caller's generator plays no part
         pretrain(settings, labelled, out, device="cpu", quiet=True)
     torch.manual_seed(7)

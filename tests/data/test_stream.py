@@ -52,7 +52,10 @@ def test_micro_batches_are_parts_of_the_whole_batch(micro):
     assert torch.equal(torch.cat(masks, dim=1).flatten(0, 1), whole.masked(0).mask)
     for i in range(16 // b):
         masked = split.masked(i)
-        assert torch.equal(masked.mask.flatten().nonzero()[:, 0], masked.index)
+        hidden = int(masked.mask.sum())
+        assert torch.equal(masked.mask.flatten().nonzero()[:, 0], masked.index[:hidden])
+        assert not masked.index[hidden:].any()
+        assert not masked.weight[hidden:].any()
     # The samples that stochastic depth keeps: as sets of (crop, image of the batch)
     for kind, count in enumerate((2, 3)):
         every = whole.kept(0)[kind]
@@ -72,7 +75,8 @@ def test_the_weights_of_hidden_patches_are_the_references():
     masked = batch.masked(0)
     counts = masked.mask.sum(1)
     expected = torch.cat([torch.full((int(c),), 1 / (int(c) * 32), dtype=torch.float64) for c in counts if c])
-    assert torch.allclose(masked.weight, expected)
+    assert torch.allclose(masked.weight[: len(expected)], expected)
+    assert len(masked.weight) == len(Batch(recipe(), 1, images(), CPU).masked(0).weight)  # the same in every step
     assert masked.weight.sum() == pytest.approx(0.5)  # half the crops are masked: FACTS §11
 
 

@@ -168,16 +168,15 @@ def test_a_folder_holds_one_run_at_a_time(photos, tiny, tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(photos, tiny, tmp_path):
     code = """
 import torch
-from opsin.pretrain import loop
-step = loop.update_teacher
-def broken(teacher, student, momentum, finite):
-    teacher = list(teacher)
-    step(teacher, student, momentum, finite)
+from opsin.pretrain.optim import AdamW
+step = AdamW.step
+def broken(self, scalars, clipped):
+    step(self, scalars, clipped)
     broken.calls += 1
     if broken.calls == 5:
-        teacher[0].fill_(float("inf"))
+        self.slots["backbone.norm.weight"].teacher.fill_(float("inf"))
 broken.calls = 0
-loop.update_teacher = broken
+AdamW.step = broken
 """
     out = tmp_path / "inf"
     said = run(photos, out, tiny, status=2, code=code)
@@ -208,22 +207,21 @@ def test_workers_and_micro_batches_are_free_to_change(photos, tiny, tmp_path, un
 def test_nan_gradients_are_left_out_then_named(photos, tiny, tmp_path):
     code = """
 import torch
-from opsin.pretrain import loop
-whole = loop.total
+from opsin.pretrain import step
+whole = step.total
 def broken(terms):
     broken.calls += 1
     return whole(terms) * (float("nan") if broken.calls in BAD else 1.0)
 broken.calls = 0
-loop.total = broken
+step.total = broken
 """
-    # total() is called twice a step: for the gradient and for the record
     out = tmp_path / "once"
-    said = run(photos, out, tiny, code=code + "BAD = (7,)")
+    said = run(photos, out, tiny, code=code + "BAD = (4,)")
     assert "1 step(s) left out for NaN or infinite gradients, the last is step 3" in said
     assert [r["skipped"] for r in records(out)] == [0] * 3 + [1] * 9
     assert all(t.isfinite().all() for t in state(out).values())
     out = tmp_path / "always"
-    said = run(photos, out, [*tiny, "--max-skipped", "2"], status=2, code=code + "BAD = range(7, 100)")
+    said = run(photos, out, [*tiny, "--max-skipped", "2"], status=2, code=code + "BAD = range(4, 100)")
     assert "the gradients of backbone, dino_head, ibot_head were NaN or infinite in 3 steps in a row" in said
     assert "the last is step 5" in said
     assert checkpoint.steps(out) == [3]
@@ -236,14 +234,3 @@ def test_every_precision_trains(photos, tiny, tmp_path, precision):
     assert all(r["loss"] == pytest.approx(records(out)[0]["loss"], rel=0.5) for r in records(out))
     dtype = state(out, 3)["student.backbone.cls_token"].dtype
     assert dtype == (torch.float64 if precision == "fp64" else torch.float32)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler: apt install g++")
-def test_a_compiled_run_is_the_eager_run(photos, tiny, tmp_path, uninterrupted):
-    out = tmp_path / "compiled"
-    run(photos, out, [*tiny, "--compile"])
-    losses = [[record["loss"] for record in records(folder)] for folder in (out, uninterrupted)]
-    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)  # the rate of step 0 is 0
-    # Later steps drift: the signs that Adam gives to gradients near zero follow the rounding.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -16,6 +16,10 @@ from opsin.pretrain.prototypes import Prototypes, sinkhorn_bias
 TEMPERATURE = 0.04
 
 
+def every(z):
+    return torch.ones(len(z), dtype=torch.bool)
+
+
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch):
     monkeypatch.setattr(P, "CHUNK_SCORES", 2000)  # so that small tests cross chunk borders and pad the last one
@@ -50,7 +54,7 @@ def case(norm: float, dtype: torch.dtype, n=37, m=10, t=2, k=97, d=16):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 2e-4), (torch.bfloat16, 2e-3)])
 def test_loss_and_gradients_are_the_naive_ones(norm, shape, dtype, tolerance):
     teacher, student, zt, zs, pairs, weights = case(norm, dtype, **shape)
-    targets = teacher.balance(zt, torch.tensor(TEMPERATURE, dtype=zt.dtype), 3, dtype)
+    targets = teacher.balance(zt, every(zt), torch.tensor(TEMPERATURE, dtype=zt.dtype), 3, dtype)
     loss, per_view = student(zs, targets, pairs, weights, 0.1)
     (2 * loss).backward()  # not 1: the backward must use the gradient it is given
     assert per_view.sum().item() == pytest.approx(loss.item())
@@ -80,7 +84,7 @@ def test_sinkhorn_is_the_textbooks_and_lightlys(n, k, iterations, temperature):
     generator = torch.Generator().manual_seed(n * k)
     z = F.normalize(torch.randn(n, 8, generator=generator, dtype=torch.float64), dim=1)
     w = F.normalize(torch.randn(k, 8, generator=generator, dtype=torch.float64), dim=1)
-    bias = sinkhorn_bias(z, w, torch.tensor(temperature, dtype=torch.float64), iterations)
+    bias = sinkhorn_bias(z, every(z), w, torch.tensor(temperature, dtype=torch.float64), iterations)
     q = torch.softmax(z @ w.T / temperature + bias, dim=1)
     assert torch.allclose(q, naive.sinkhorn(z @ w.T, temperature, iterations), rtol=1e-8, atol=1e-12)
     theirs = lightly_sinkhorn(z @ w.T, iterations=iterations, epsilon=temperature)
@@ -91,7 +95,7 @@ def test_sinkhorn_survives_prototypes_of_norm_five_in_fp32():
     teacher, _, zt, *_ = case(5.0, torch.float32)
     scores = zt.flatten(0, 1) @ teacher.weight().T
     assert not naive.sinkhorn(scores.detach(), TEMPERATURE).isfinite().all()  # the textbook way overflows here
-    targets = teacher.balance(zt, torch.tensor(TEMPERATURE), 3, torch.float32)
+    targets = teacher.balance(zt, every(zt), torch.tensor(TEMPERATURE), 3, torch.float32)
     q = torch.softmax(scores / TEMPERATURE + targets.bias, dim=1)
     exact = naive.log_sinkhorn(scores.detach().double(), TEMPERATURE)
     assert q.isfinite().all()
@@ -100,7 +104,7 @@ def test_sinkhorn_survives_prototypes_of_norm_five_in_fp32():
 
 def test_balancing_balances():
     teacher, _, zt, *_ = case(1.0, torch.float64, n=400, k=20)
-    targets = teacher.balance(zt, torch.tensor(0.1, dtype=torch.float64), 50, torch.float64)
+    targets = teacher.balance(zt, every(zt), torch.tensor(0.1, dtype=torch.float64), 50, torch.float64)
     q = torch.softmax(zt.flatten(0, 1) @ teacher.weight().T / 0.1 + targets.bias, dim=1)
     use = q.mean(0)
     assert torch.allclose(use, torch.full_like(use, 1 / 20), atol=1e-6)
@@ -114,12 +118,14 @@ def test_centering_is_the_softmax_of_centred_scores():
     assert torch.allclose(
         torch.softmax(scores / 0.05 + targets.bias, dim=1), torch.softmax((scores - centre) / 0.05, dim=1)
     )
-    assert torch.allclose(teacher.mean_scores(zt), scores.mean(0))
+    assert torch.allclose(teacher.mean_scores(zt, every(zt)), scores.mean(0))
+    some = torch.arange(len(zt)) % 3 > 0
+    assert torch.allclose(teacher.mean_scores(zt, some), scores.view(*zt.shape[:2], -1)[some].mean((0, 1)))
 
 
 def test_rows_of_the_targets_are_those_of_the_whole():
     teacher, student, zt, zs, pairs, weights = case(1.0, torch.float64)
-    targets = teacher.balance(zt, torch.tensor(TEMPERATURE, dtype=torch.float64), 3, torch.float64)
+    targets = teacher.balance(zt, every(zt), torch.tensor(TEMPERATURE, dtype=torch.float64), 3, torch.float64)
     whole, _ = student(zs, targets, pairs, weights, 0.1)
     parts = sum(
         student(zs[a:b], targets.rows(a, b), pairs, weights[a:b], 0.1)[0] for a, b in ((0, 11), (11, 12), (12, 37))
@@ -129,7 +135,7 @@ def test_rows_of_the_targets_are_those_of_the_whole():
 
 def test_no_rows_is_no_loss():
     teacher, student, zt, zs, pairs, weights = case(1.0, torch.float32)
-    targets = teacher.balance(zt[:0], torch.tensor(TEMPERATURE), 3, torch.float32)
+    targets = teacher.balance(zt[:0], every(zt[:0]), torch.tensor(TEMPERATURE), 3, torch.float32)
     loss, _ = student(zs[:0], targets, pairs, weights[:0], 0.1)
     loss.backward()
     assert loss.item() == 0
@@ -140,7 +146,7 @@ def test_a_uniform_student_costs_log_k():
     teacher, student, zt, zs, pairs, weights = case(1.0, torch.float64)
     with torch.no_grad():
         student.weight_g.zero_()
-    targets = teacher.balance(zt, torch.tensor(TEMPERATURE, dtype=torch.float64), 3, torch.float64)
+    targets = teacher.balance(zt, every(zt), torch.tensor(TEMPERATURE, dtype=torch.float64), 3, torch.float64)
     loss, _ = student(zs, targets, pairs, weights, 0.1)
     assert loss.item() == pytest.approx(math.log(97) * pairs.sum().item() * weights.sum().item())
 
@@ -152,7 +158,7 @@ rows, k, d = int(sys.argv[1]), 16384, 32
 layer = Prototypes(k, d)
 z = F.normalize(torch.randn(rows, 1, d), dim=-1)
 def run(z):
-    targets = layer.balance(z.detach(), torch.tensor(0.05), 3, torch.float32)
+    targets = layer.balance(z.detach(), torch.ones(len(z), dtype=torch.bool), torch.tensor(0.05), 3, torch.float32)
     layer(z.requires_grad_(), targets, torch.ones(1, 1), torch.full((len(z),), 1 / len(z)), 0.1)[0].backward()
 run(z[:1100].clone())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -38,7 +38,7 @@ def test_numbers_survive_yaml(rate, steps, drop):
         ("steps: 300", "stepss: 300", r"unknown field 'stepss': did you mean 'steps'\?"),
         ("steps: 300", "steps: many", "steps"),
         ("steps: 300", "steps: 3.5", "whole number"),
-        ("compile: false", "compile: 1", "true or false"),
+        ("graphs: true", "graphs: 1", "true or false"),
         ("precision: fp32", "precision: fp8", "precision"),
         ("drop_path: 0.0", "drop_path: 1.0", "drop_path is 1.0"),
         ("steps: 300", "steps: [", "not YAML"),

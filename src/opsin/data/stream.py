@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.crops import CropRecipe, Kind, draw_crops, render
-from opsin.data.masks import MaskRecipe, draw_masks
+from opsin.data.masks import MaskRecipe, draw_masks, masked_bound
 from opsin.data.reader import ImageReader, PendingImages
 from opsin.data.rng import Integers, permutation, shuffled_index
 from opsin.data.rng import Stream as RandomStream
@@ -105,9 +105,11 @@ class Masked:
     mask: Tensor
     """`[2b, N]`, True where the student sees the mask token."""
     index: Tensor
-    """`[M]`: the hidden patches, as rows of the flattened `[2b·N]` patches."""
+    """`[M]`: the hidden patches, as rows of the flattened `[2b·N]` patches; M is the most that masks can hide, the same
+    in every step, and what is over points to row 0."""
     weight: Tensor
-    """`[M]`: 1 / (hidden patches of the crop × global crops of the whole batch), the reference's weighting."""
+    """`[M]`: 1 / (hidden patches of the crop × global crops of the whole batch), the reference's weighting; 0 for what
+    is over."""
 
 
 class Batch:
@@ -141,9 +143,11 @@ class Batch:
         groups = len(drawn)
         # [groups, 2·size, N] to crop by crop: the first global crops of all groups, then the second.
         mask = drawn.reshape(groups, 2, size, -1).transpose(1, 0, 2, 3).reshape(2 * groups * size, -1)
-        index = np.flatnonzero(mask)
-        hidden = np.maximum(mask.sum(1), 1)
-        weight = 1.0 / (hidden[index // mask.shape[1]] * 2 * recipe.batch.size)
+        found, hidden = np.flatnonzero(mask), np.maximum(mask.sum(1), 1)
+        bound = groups * masked_bound(recipe.masks, 2 * size, (side, side))
+        index, weight = np.zeros(bound, dtype=np.int64), np.zeros(bound)
+        index[: len(found)] = found
+        weight[: len(found)] = 1.0 / (hidden[found // mask.shape[1]] * 2 * recipe.batch.size)
         return Masked(*(torch.from_numpy(a).to(self.device, non_blocking=True) for a in (mask, index, weight)))
 
     def kept(self, micro: int) -> list[Tensor] | None:

@@ -35,14 +35,12 @@ from opsin.data.stream import Stream
 from opsin.errors import OpsinError
 from opsin.pretrain import checkpoint
 from opsin.pretrain.monitor import Metrics, Skips, Terminal
-from opsin.pretrain.objective import Network, Objective, total
-from opsin.pretrain.optim import AdamW, LossScale, scalar_dtype, update_teacher
+from opsin.pretrain.objective import total
 from opsin.pretrain.recipe import Recipe, read, to_yaml
 from opsin.pretrain.schedules import scheduled
+from opsin.pretrain.step import Step
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-FREE_TO_CHANGE = ("data.workers", "data.ahead", "batch.micro", "checkpoint", "log_every", "max_skipped", "compile")
+FREE_TO_CHANGE = ("data.workers", "data.ahead", "batch.micro", "checkpoint", "log_every", "max_skipped", "graphs")
 """Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
 
 
@@ -100,20 +98,14 @@ def pretrain(
         stack.callback(terminal.close)
         description = _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
 
-        student, teacher = build(recipe, on)
-        dtype = DTYPES[recipe.precision]
-        objective = Objective(recipe.loss, student, teacher, dtype)
-        optimiser = AdamW(student, recipe.backbone.depth, recipe.optim)
-        loss_scale = LossScale(on, enabled=dtype == torch.float16)
+        train = Step(recipe, on)
         skips = Skips(on, recipe.max_skipped)
-        state = run_state(student, teacher, objective, optimiser, loss_scale)
+        state = train.state()
         checkpoint.clean(out)
         if first:
             checkpoint.load(out, first, state)
+            train.loaded()
             terminal.say(f"going on from the checkpoint of step {first}")
-        if recipe.compile:
-            student.backbone.compile()
-            teacher.backbone.compile()
 
         reader = stack.enter_context(
             ImageReader(
@@ -123,7 +115,7 @@ def pretrain(
                 log=out / "unreadable.jsonl",
             )
         )
-        stream = Stream(recipe.stream(), recipe.data, reader, len(source), on)
+        stream = Stream(recipe.stream(), recipe.data, reader, len(source), on, train.dtype)
         for name, text in description.items():  # only now: the checkpoint fits, and a refused run stays as it was
             _write(out / name, text)
         metrics = Metrics(out / "metrics.jsonl", first)
@@ -132,7 +124,9 @@ def pretrain(
 
         def save(step: int) -> None:
             _check_finite(state, step)
-            checkpoint.save(out, step, state, teacher.backbone, {"recipe": asdict(recipe)}, recipe.checkpoint.keep)
+            checkpoint.save(
+                out, step, state, train.teacher.backbone, {"recipe": asdict(recipe)}, recipe.checkpoint.keep
+            )
 
         saved, step = first, first
         clock = time.perf_counter()
@@ -144,34 +138,21 @@ def pretrain(
             waited += time.perf_counter() - began
 
             values = scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size)
-            scalar = {
-                name: torch.tensor(value, dtype=scalar_dtype(on), device=on) for name, value in asdict(values).items()
-            }
-            targets = objective.targets(batch, scalar["teacher_temperature"])
-            sums: dict[str, Tensor] = {}
-            optimiser.zero_grad()
-            for micro in range(batch.micro_batches):
-                terms = objective.terms(batch, micro, targets)
-                (total(terms) * loss_scale.scale).backward()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0) + term.detach()
-            norms, finite = optimiser.clip(1 / loss_scale.scale)
-            optimiser.step(scalar["rate"], scalar["last_layer_rate"], scalar["decay"], finite)
-            update_teacher(teacher.parameters(), student.parameters(), scalar["momentum"], finite)
-            loss_scale.update(finite)
-            skips.update(step, finite)
+            outcome = train(batch, values)
+            skips.update(step, outcome.finite)
             step += 1
 
             if step % recipe.log_every == 0 or step == recipe.steps:
-                skipped = skips.check(norms, terminal.say)
-                loss = {"loss": float(total(sums))} | {f"loss.{name}": float(term) for name, term in sums.items()}
+                skipped = skips.check(outcome.norms, terminal.say)
+                terms = {name: float(term) for name, term in outcome.terms.items()}
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 record = {
                     "step": step,
                     "images": step * recipe.batch.size,
                     "epoch": step * recipe.batch.size / len(source),
-                    **loss,
-                    **{f"grad_norm.{name}": float(norm) for name, norm in norms.items()},
+                    "loss": total(terms),
+                    **{f"loss.{name}": term for name, term in terms.items()},
+                    **{f"grad_norm.{name}": float(norm) for name, norm in outcome.norms.items()},
                     **asdict(values),
                     "skipped": skipped,
                     "images_per_second": (step - logged) * recipe.batch.size / elapsed,
@@ -188,36 +169,10 @@ def pretrain(
         if saved != step:
             save(step)
         if step == recipe.steps:
-            weights.save(teacher.backbone, out / "backbone.safetensors", {"step": str(step)})
+            weights.save(train.teacher.backbone, out / "backbone.safetensors", {"step": str(step)})
         else:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
         return Finished(out, step, None if step == recipe.steps else stop.signal)
-
-
-def build(recipe: Recipe, device: torch.device) -> tuple[Network, Network]:
-    """Student and teacher, equal at the start; the initial weights depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        student = Network(recipe.backbone, recipe.heads)
-    teacher = Network(recipe.backbone, recipe.heads)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-    return student.to(device, dtype), teacher.to(device, dtype)
-
-
-def run_state(
-    student: Network, teacher: Network, objective: Objective, optimiser: AdamW, loss_scale: LossScale
-) -> dict[str, Tensor]:
-    """Every tensor that decides how a run goes on, by name; a checkpoint is loaded by copying into them."""
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "student": student.state_dict(),
-        "teacher": teacher.state_dict(),
-        "centre": objective.state(),
-        "optimiser": optimiser.state(),
-        "loss_scale": {"scale": loss_scale.scale, "good": loss_scale.good},
-    }
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 def pick_device(name: str | None) -> torch.device:

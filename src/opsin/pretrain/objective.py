@@ -5,16 +5,16 @@ micro-batches first, its assignments are balanced over the whole batch, and then
 micro-batches one by one: the gradients are those of the undivided batch (up to the order of floating-point sums).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.data.crops import Kind
-from opsin.data.stream import Batch
+from opsin.data.stream import Batch, Masked
 from opsin.errors import within
 from opsin.pretrain.heads import Head, HeadRecipe
 from opsin.pretrain.koleo import koleo
@@ -73,19 +73,27 @@ class StepTargets:
     image: Targets
     """Of n images with 2 views, the global crops."""
     patch: Targets
-    """Of all hidden patches of the batch, one view each."""
-    patch_starts: list[int]
-    """Where each micro-batch's hidden patches begin, and the end of the last."""
+    """Of the hidden patches of the batch, one view each, padded for each micro-batch as in `Masked`."""
+
+    @staticmethod
+    def rows(micro: int, size: int) -> tuple[int, int]:
+        """Where a micro-batch's rows begin and end, if each has `size`."""
+        return micro * size, (micro + 1) * size
 
 
 class Objective:
-    """Computes the loss of `student` against `teacher`; owns the centres when centering is a moving average."""
+    """Computes the loss of `student` against `teacher`; owns the centres when centering is a moving average.
 
-    def __init__(self, loss: LossRecipe, student: Network, teacher: Network, dtype: torch.dtype) -> None:
-        self.loss, self.student, self.teacher, self.dtype = loss, student, teacher, dtype
-        self.weights_dtype = student.backbone.cls_token.dtype
+    The networks compute in the type of their parameters; prototypes and sums are at least fp32. The work on tensors of
+    static shape is in `look`, `balance` and `losses`, which a GPU can record (see `step.py`).
+    """
+
+    def __init__(self, loss: LossRecipe, student: Network, teacher: Network) -> None:
+        self.loss, self.student, self.teacher = loss, student, teacher
+        self.dtype = student.backbone.cls_token.dtype
         # Scores need products with an fp32 result, which a CPU has not for half precision: rounding would gain nothing.
-        self.scores_dtype = dtype if student.backbone.cls_token.device.type != "cpu" else self.weights_dtype
+        on_cpu = student.backbone.cls_token.device.type == "cpu"
+        self.scores_dtype = student.dino_head.last_layer.weight_g.dtype if on_cpu else self.dtype
         prototypes = (teacher.dino_head.last_layer, teacher.patch_head.last_layer)
         self.centres = {
             name: layer.weight_g.new_zeros(len(layer.weight_g))
@@ -93,78 +101,135 @@ class Objective:
             if loss.centering == "average"
         }
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(device.type, self.dtype if half else None, enabled=half)
+    @torch.no_grad()
+    def look(self, crops: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's bottleneck features of the class tokens `[b, 2, d]` and of the hidden patches `[M, 1, d]`.
+
+        Of the global crops `[2b, C, S, S]`, unmasked and without stochastic depth; `index` `[M]` as in `Masked`.
+        """
+        features = self.teacher.backbone([crops])[0]
+        image = self.teacher.dino_head(features.cls.unflatten(0, (2, -1)).transpose(0, 1))
+        patch = self.teacher.patch_head(features.patches.flatten(0, 2).index_select(0, index))
+        return image, patch[:, None]
 
     @torch.no_grad()
-    def targets(self, batch: Batch, temperature: Tensor) -> StepTargets:
-        """The teacher's view: all micro-batches, unmasked and without stochastic depth, then balanced together."""
-        images, patches, starts = [], [], [0]
-        for micro in range(batch.micro_batches):
-            crops = batch.crops("global", micro).to(self.weights_dtype)
-            masked = batch.masked(micro)
-            with self._autocast(crops.device):
-                features = self.teacher.backbone([crops])[0]
-                images.append(self.teacher.dino_head(features.cls.unflatten(0, (2, -1)).transpose(0, 1)))
-                patches.append(self.teacher.patch_head(features.patches.flatten(0, 2)[masked.index])[:, None])
-            starts.append(starts[-1] + len(masked.index))
-        return StepTargets(
-            image=self._balanced("image", self.teacher.dino_head.last_layer, torch.cat(images), temperature),
-            patch=self._balanced("patch", self.teacher.patch_head.last_layer, torch.cat(patches), temperature),
-            patch_starts=starts,
-        )
+    def balance(self, image: Tensor, patch: Tensor, weight: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's prototypes and biases for images `[n, 2, d]` and hidden patches `[P, 1, d]` of a whole batch.
 
-    def _balanced(self, name: str, layer: Prototypes, features: Tensor, temperature: Tensor) -> Targets:
+        `weight` `[P]` is 0 where there is no hidden patch. Returns prototypes `[K, d]` and bias `[K]` for the images,
+        then for the patches.
+        """
+        layers = (self.teacher.dino_head.last_layer, self.teacher.patch_head.last_layer)
+        counted = (torch.ones(len(image), dtype=torch.bool, device=image.device), weight > 0)
+        found = []
+        for name, layer, features, rows in zip(("image", "patch"), layers, (image, patch), counted, strict=True):
+            targets = self._balanced(name, layer, features, rows, temperature)
+            found += [targets.prototypes, targets.bias]
+        return tuple(found)
+
+    def _balanced(self, name: str, layer: Prototypes, features: Tensor, rows: Tensor, temperature: Tensor) -> Targets:
         if self.loss.centering == "sinkhorn":
-            return layer.balance(features, temperature, self.loss.sinkhorn_iterations, self.scores_dtype)
+            return layer.balance(features, rows, temperature, self.loss.sinkhorn_iterations, self.scores_dtype)
         centre = self.centres[name]
         targets = layer.centre(features, temperature, centre.clone(), self.scores_dtype)
         if len(features):  # the centre in use is one step old, as in the reference
-            centre.lerp_(layer.mean_scores(features), 1 - self.loss.centre_momentum)
+            centre.lerp_(layer.mean_scores(features, rows), 1 - self.loss.centre_momentum)
         return targets
 
-    def terms(self, batch: Batch, micro: int, targets: StepTargets) -> dict[str, Tensor]:
-        """The weighted terms of one micro-batch; their sum over terms and micro-batches is the loss of the batch."""
-        kinds: list[Kind] = ["global", "local"] if batch.recipe.crops.local_count else ["global"]
-        crops = [batch.crops(kind, micro).to(self.weights_dtype) for kind in kinds]
-        masked = batch.masked(micro)
-        first = micro * batch.micro_size
-        b = batch.micro_size
-        with self._autocast(crops[0].device):
-            features = self.student.backbone(crops, [masked.mask, None][: len(crops)], batch.kept(micro))
-            # [views, b, D] to [b, views, D]: two global views, then the local ones
-            tokens = torch.cat([f.cls.unflatten(0, (-1, b)) for f in features]).transpose(0, 1)
-            image = self.student.dino_head(tokens)
-            patch = self.student.patch_head(features[0].patches.flatten(0, 2)[masked.index])[:, None]
-        pairs = _pairs(image.shape[1], image)
+    def targets(
+        self,
+        batch: Batch,
+        temperature: Tensor,
+        look: Callable[..., Any] | None = None,
+        balance: Callable[..., Any] | None = None,
+    ) -> StepTargets:
+        """The teacher's view: all micro-batches, then balanced together.
+
+        `look` and `balance` are recordings of the methods of these names.
+        """
+        look, balance = look or self.look, balance or self.balance
+        views = []
+        for micro in range(batch.micro_batches):
+            crops, masked = batch.crops("global", micro).to(self.dtype), batch.masked(micro)
+            views.append((*(t.clone() for t in look(crops, masked.index)), masked.weight))
+        image, patch, weight = (torch.cat(parts) for parts in zip(*views, strict=True))
+        prototypes, bias, patch_prototypes, patch_bias = balance(image, patch, weight, temperature)
+        return StepTargets(
+            image=Targets(image.to(prototypes.dtype), prototypes, bias, temperature),
+            patch=Targets(patch.to(patch_prototypes.dtype), patch_prototypes, patch_bias, temperature),
+        )
+
+    def losses(
+        self,
+        image: Targets,
+        patch: Targets,
+        crops: Sequence[Tensor],
+        masked: Masked,
+        kept: Sequence[Tensor] | None,
+        shares: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The weighted terms of b images; their sum over terms and micro-batches is the loss of the batch.
+
+        Args:
+            image, patch: the teacher's assignments of these b images, and of their hidden patches.
+            crops: global `[2b, C, S, S]`, and if there are any local ones.
+            masked: of the global crops.
+            kept: samples that stochastic depth keeps, for each of `crops`.
+            shares: images of the whole batch, and of a group.
+        """
+        size, group = shares
+        b = len(crops[0]) // 2
+        features = self.student.backbone(crops, [masked.mask, None][: len(crops)], kept)
+        # [views, b, D] to [b, views, D]: two global views, then the local ones
+        tokens = torch.cat([f.cls.unflatten(0, (-1, b)) for f in features]).transpose(0, 1)
+        z_image = self.student.dino_head(tokens)
+        z_patch = self.student.patch_head(features[0].patches.flatten(0, 2).index_select(0, masked.index))[:, None]
         _, per_view = image_loss = self.student.dino_head.last_layer(
+            z_image,
             image,
-            targets.image.rows(first, first + b),
-            pairs * self.loss.dino,
-            image.new_full((b,), 1 / batch.recipe.batch.size),
+            _pairs(z_image.shape[1], z_image) * self.loss.dino,
+            z_image.new_full((b,), 1 / size),
             self.loss.student_temperature,
         )
         terms = {"dino": image_loss[0], "dino_global": per_view[:2].sum(), "dino_local": per_view[2:].sum()}
         terms["ibot"], _ = self.student.patch_head.last_layer(
+            z_patch,
             patch,
-            targets.patch.rows(*targets.patch_starts[micro : micro + 2]),
-            patch.new_full((1, 1), self.loss.ibot),
-            masked.weight.to(patch.dtype),
+            z_patch.new_full((1, 1), self.loss.ibot),
+            masked.weight.to(z_patch.dtype),
             self.loss.student_temperature,
         )
-        spread = features[0].cls.unflatten(0, (2, -1, batch.recipe.batch.group))  # [2, groups, group, D]
+        spread = features[0].cls.unflatten(0, (2, -1, group))  # [2, groups, group, D]
         spread = spread if self.loss.koleo_crops == "both" else spread[:1]
-        share = self.loss.koleo * batch.recipe.batch.group / batch.recipe.batch.size
-        terms["koleo"] = share * koleo(spread.flatten(0, 1)).sum()
+        terms["koleo"] = self.loss.koleo * group / size * koleo(spread.flatten(0, 1)).sum()
         return terms
+
+    def inputs(self, batch: Batch, micro: int, targets: StepTargets) -> tuple[Any, ...]:
+        """The arguments of `losses` for one micro-batch."""
+        kinds: list[Kind] = ["global", "local"] if batch.recipe.crops.local_count else ["global"]
+        masked = batch.masked(micro)
+        return (
+            targets.image.rows(*targets.rows(micro, batch.micro_size)),
+            targets.patch.rows(*targets.rows(micro, len(masked.index))),
+            [batch.crops(kind, micro).to(self.dtype) for kind in kinds],
+            masked,
+            batch.kept(micro),
+            (batch.recipe.batch.size, batch.recipe.batch.group),
+        )
+
+    def terms(self, batch: Batch, micro: int, targets: StepTargets) -> dict[str, Tensor]:
+        """`losses` of one micro-batch."""
+        return self.losses(*self.inputs(batch, micro, targets))
 
     def state(self) -> Mapping[str, Tensor]:
         """Tensors that a checkpoint keeps besides the networks."""
         return self.centres
 
 
-def total(terms: Mapping[str, Tensor]) -> Tensor:
+Number = TypeVar("Number", Tensor, float)
+
+
+def total(terms: Mapping[str, Number]) -> Number:
     """The loss: `dino_global` and `dino_local` only tell where `dino` comes from."""
     return terms["dino"] + terms["ibot"] + terms["koleo"]
 

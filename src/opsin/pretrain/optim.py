@@ -3,10 +3,15 @@
 Rates, decay and momentum enter as scalars on the device, and so does `finite`: in a step whose gradients are not finite
 weights, moments, step count and teacher stay as they are, and the host learns of it when it next reads the losses.
 torch's AdamW takes the weight decay as a Python float, which is why this one is ours; a test holds them equal.
+
+One visit to a parameter does all that a step does to it: clipping, moments, decay, update, the teacher's average, the
+low-precision copies that compute, and the gradient set back to zero. On CUDA that is one Triton kernel per parameter,
+elsewhere torch code on pieces that fit a cache.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,74 +75,175 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101) on named parameters, each with its group."""
+class Slot(NamedTuple):
+    """A parameter with everything that one update reads and writes, each of its shape."""
 
-    def __init__(self, network: nn.Module, depth: int, recipe: OptimRecipe) -> None:
+    part: str
+    """Of the network: backbone, dino_head or ibot_head, which are clipped each by itself."""
+    group: Group
+    weight: nn.Parameter
+    mean: Tensor
+    square: Tensor
+    teacher: Tensor
+    copies: tuple[Tensor, Tensor] | None
+    """Low-precision copies of weight and teacher, of the networks that compute; None if these compute themselves."""
+
+
+class Scalars(NamedTuple):
+    """What the update of a step needs besides tensors of weights, each a scalar on the device."""
+
+    rate: Tensor
+    last_layer_rate: Tensor
+    decay: Tensor
+    momentum: Tensor
+    """Of the teacher."""
+
+
+class Clipped(NamedTuple):
+    """The gradients of a step, measured."""
+
+    norms: dict[str, Tensor]
+    """Norm of each part before clipping."""
+    factors: dict[str, Tensor]
+    """By which each part's gradients are multiplied in the update: loss scaling undone, and clipped."""
+    finite: Tensor
+    """Whether all norms are finite, a boolean on the device."""
+
+
+PIECE = 2**16
+"""Elements that a CPU updates at a time, so that a parameter's seven arrays stay in its cache."""
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter, 1711.05101) on named parameters, and the moving average that is the teacher.
+
+    `student` and `teacher` hold the weights. Where other networks compute with copies of them in lower precision (see
+    `step.working_copy`), these are given too. Gradients are accumulated into `student`'s `.grad`, which an update
+    leaves at zero.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        depth: int,
+        recipe: OptimRecipe,
+        working: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
         self.recipe = recipe
-        self.parameters = dict(network.named_parameters())
-        self.groups = {name: group_of(name, depth, recipe) for name in self.parameters}
-        self.mean = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.square = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        device = next(iter(self.parameters.values())).device
+        teachers = dict(teacher.named_parameters())
+        copies = [dict(network.named_parameters()) for network in working or (student, teacher)]
+        self.slots: dict[str, Slot] = {}
+        for name, p in student.named_parameters():
+            p.grad = torch.zeros_like(p)
+            low = (copies[0][name].data, copies[1][name].data)
+            self.slots[name] = Slot(
+                part=name.partition(".")[0],
+                group=group_of(name, depth, recipe),
+                weight=p,
+                mean=torch.zeros_like(p),
+                square=torch.zeros_like(p),
+                teacher=teachers[name].data,
+                copies=None if low[0].data_ptr() == p.data_ptr() else low,
+            )
+        device = next(iter(self.slots.values())).weight.device
         self.count = torch.zeros((), dtype=scalar_dtype(device), device=device)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for p in self.parameters.values():
-            p.grad = None
-
     @torch.no_grad()
-    def clip(self, unscale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Multiply gradients by `unscale` and clip each part; returns the norms before, and whether all are finite."""
-        norms: dict[str, Tensor] = {}
-        for part in dict.fromkeys(name.partition(".")[0] for name in self.parameters):
-            grads = [p.grad for n, p in self.parameters.items() if n.startswith(part + ".") and p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])) * unscale
-            factor = unscale
+    def clip(self, unscale: Tensor) -> Clipped:
+        """Measure the gradients, which are `1 / unscale` times too large, and say how to clip each part."""
+        norms, factors = {}, {}
+        for part in dict.fromkeys(slot.part for slot in self.slots.values()):
+            grads = [slot.weight.grad for slot in self.slots.values() if slot.part == part]
+            norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None]) * unscale
+            norms[part], factors[part] = norm, unscale
             if self.recipe.clip:
-                factor = unscale * (self.recipe.clip / (norm + 1e-6)).clamp(max=1)
-            for g in grads:
-                g.mul_(factor)
-            norms[part] = norm
-        finite = torch.isfinite(torch.stack(list(norms.values()))).all()
-        return norms, finite
+                factors[part] = unscale * (self.recipe.clip / (norm + 1e-6)).clamp(max=1)
+        return Clipped(norms, factors, torch.isfinite(torch.stack(list(norms.values()))).all())
 
     @torch.no_grad()
-    def step(self, rate: Tensor, last_layer_rate: Tensor, decay: Tensor, finite: Tensor) -> None:
-        """Update every parameter that has a gradient; nothing changes where `finite` is False."""
+    def step(self, scalars: Scalars, clipped: Clipped) -> None:
+        """Update weights, teacher and copies; nothing but the gradients changes unless they were finite."""
         beta1, beta2 = self.recipe.betas
-        self.count += finite
+        self.count += clipped.finite
         count = self.count.clamp(min=1)  # 0 when the very first step is not finite
-        correction1, correction2 = 1 - beta1**count, (1 - beta2**count).sqrt()
-        for name, p in self.parameters.items():
-            if p.grad is None:
-                continue
-            group = self.groups[name]
-            grad = torch.where(finite, p.grad, 0)
-            step_rate = (last_layer_rate if group.last_layer else rate) * group.rate * finite
-            mean, square = self.mean[name], self.square[name]
-            mean.lerp_(grad, (1 - beta1) * finite.to(mean.dtype))
-            square.lerp_(grad.square(), (1 - beta2) * finite.to(square.dtype))
-            if group.decays:
-                p.mul_(1 - step_rate * decay)
-            denominator = (square.sqrt() / correction2).add_(self.recipe.epsilon)
-            p.sub_(mean / denominator * (step_rate / correction1))
+        corrections = 1 - beta1**count, (1 - beta2**count).sqrt()
+        if self.count.device.type == "cuda" and next(iter(self.slots.values())).weight.dtype == torch.float32:
+            from opsin.pretrain.kernels import update
+
+            numbers = torch.stack([*scalars, *corrections, clipped.finite, *clipped.factors.values()]).float()
+            parts = list(clipped.factors)
+            for slot in self.slots.values():
+                update(slot, numbers, parts.index(slot.part), self.recipe)
+            return
+        if not bool(clipped.finite):
+            for slot in self.slots.values():
+                _gradient(slot).zero_()
+            return
+        correction1, correction2 = (float(c) for c in corrections)
+        rate, last_layer_rate, decay, momentum = (float(s) for s in scalars)
+        for slot in self.slots.values():
+            step_rate = (last_layer_rate if slot.group.last_layer else rate) * slot.group.rate
+            change = partial(
+                _update,
+                factor=clipped.factors[slot.part],
+                betas=self.recipe.betas,
+                epsilon=self.recipe.epsilon,
+                kept=1 - step_rate * decay * slot.group.decays,
+                step=step_rate / correction1,
+                correction=correction2,
+                average=1 - momentum,
+            )
+            arrays = [slot.weight.data, _gradient(slot), slot.mean, slot.square, slot.teacher, *(slot.copies or ())]
+            for piece in zip(*(torch.split(a.view(-1), PIECE) for a in arrays), strict=True):
+                change(*piece)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps."""
         kept = {"count": self.count}
-        kept.update({f"mean.{name}": t for name, t in self.mean.items()})
-        kept.update({f"square.{name}": t for name, t in self.square.items()})
+        kept.update({f"mean.{name}": slot.mean for name, slot in self.slots.items()})
+        kept.update({f"square.{name}": slot.square for name, slot in self.slots.items()})
         return kept
 
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Make the copies again, after weights were changed by another hand, such as a checkpoint's."""
+        for slot in self.slots.values():
+            if slot.copies is not None:
+                slot.copies[0].copy_(slot.weight)
+                slot.copies[1].copy_(slot.teacher)
 
-@torch.no_grad()
-def update_teacher(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: Tensor, finite: Tensor) -> None:
-    """teacher ← momentum · teacher + (1 - momentum) · student, backbone and heads, after every step (paper §4)."""
-    weight = (1 - momentum) * finite
-    for t, s in zip(teacher, student, strict=True):
-        t.lerp_(s, weight.to(t.dtype))
+
+def _gradient(slot: Slot) -> Tensor:
+    assert slot.weight.grad is not None
+    return slot.weight.grad
+
+
+def _update(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    teacher: Tensor,
+    *copies: Tensor,
+    factor: Tensor,
+    betas: tuple[float, float],
+    epsilon: float,
+    kept: float,
+    step: float,
+    correction: float,
+    average: float,
+) -> None:
+    """One update of flat arrays in place; the twin of `kernels.update`."""
+    grad.mul_(factor)
+    mean.lerp_(grad, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = square.sqrt().div_(correction).add_(epsilon)
+    weight.mul_(kept).addcdiv_(mean, denominator, value=-step)
+    teacher.lerp_(weight, average)
+    grad.zero_()
+    for copy, source in zip(copies, (weight, teacher), strict=False):
+        copy.copy_(source)
 
 
 class LossScale:

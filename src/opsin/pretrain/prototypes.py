@@ -9,14 +9,16 @@ teacher, Sinkhorn–Knopp and student; with K = 65,536 or more they are most of 
   is the same with b = -centre / τ. `Targets` holds z, W, τ and b, and nothing of size rows × K.
 - The student's loss and both its gradients are formed inside the chunk, as in a fused linear cross-entropy.
 
-Sinkhorn–Knopp stays in the log domain: exp(z w / 0.04) leaves fp32's range once |z w| > 3.55. The textbook way is in
-`tests/pretrain/naive.py`; the tests hold the two against each other.
+Sinkhorn–Knopp stays in the log domain, since exp(z w / 0.04) leaves fp32's range once |z w| > 3.55; only a CPU, which
+can look at the norms first, takes exponentials where they are safe. The textbook way is in `tests/pretrain/naive.py`;
+the tests hold all of them against each other.
 
 Letters: n rows (images, or masked patches), m student views and t teacher views of a row, d bottleneck, K prototypes.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,20 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_SCORES = 2**24
 """Scores held at a time: 64 MiB in fp32. More gains nothing on a CPU, whose caches are smaller still."""
-CHUNK_SCORES_GPU = 2**27
-"""Scores held at a time on a GPU, whose matrix products want more rows: 512 MiB in fp32."""
+CHUNK_SCORES_GPU = 2**26
+"""Scores held at a time on a GPU, whose matrix products want more rows: 256 MiB in fp32."""
+STORED_SCORES = 2**26
+"""A CPU keeps the teacher's scores from one Sinkhorn–Knopp iteration to the next if there are no more than this: 256
+MiB, for a third of the products."""
+SAFE_SCORE = 30.0
+"""Where no score can be larger, exponentials and their sums over billions stay well inside fp32."""
+HALF_SCALE = 2.0**10
+"""Gradients of scores are near 1 / K: this keeps them away from the underflow of fp16."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Targets:
+class Targets(NamedTuple):
     """The teacher's soft assignments softmax(z Wᵀ / τ + b) of n rows with t views, computed when they are needed."""
 
     features: Tensor
@@ -64,13 +74,17 @@ class Prototypes(nn.Module):
         return F.normalize(self.weight_v, dim=1) * self.weight_g
 
     @torch.no_grad()
-    def balance(self, features: Tensor, temperature: Tensor, iterations: int, dtype: torch.dtype) -> Targets:
-        """Targets of teacher features `[n, t, d]`, balanced over all n·t rows by Sinkhorn–Knopp (paper §4).
+    def balance(
+        self, features: Tensor, counted: Tensor, temperature: Tensor, iterations: int, dtype: torch.dtype
+    ) -> Targets:
+        """Targets of teacher features `[n, t, d]`, balanced over their rows by Sinkhorn–Knopp (paper §4).
 
-        `dtype` is that of the products; sums and exponentials are at least fp32.
+        Rows where `counted` `[n]` is False are left out of it. `dtype` is that of the products; sums and exponentials
+        are at least fp32.
         """
         features, weight = features.to(dtype), self.weight().to(dtype)
-        bias = sinkhorn_bias(features.flatten(0, 1), weight, temperature, iterations)
+        rows = counted[:, None].expand(features.shape[:2]).flatten()
+        bias = sinkhorn_bias(features.flatten(0, 1), rows, weight, temperature, iterations)
         return Targets(features, weight, bias, temperature)
 
     @torch.no_grad()
@@ -79,9 +93,10 @@ class Prototypes(nn.Module):
         return Targets(features.to(dtype), self.weight().to(dtype), -centre / temperature, temperature)
 
     @torch.no_grad()
-    def mean_scores(self, features: Tensor) -> Tensor:
-        """Mean score `[K]` of features `[n, t, d]`: scores are linear, so the mean feature's scores suffice."""
-        return self.weight() @ features.flatten(0, 1).mean(0).to(self.weight_v.dtype)
+    def mean_scores(self, features: Tensor, counted: Tensor) -> Tensor:
+        """Mean score `[K]` of the counted features of `[n, t, d]`: scores are linear, so the mean feature's suffice."""
+        share = counted / counted.sum().clamp(min=1)
+        return self.weight() @ torch.einsum("n,ntd->td", share.to(features.dtype), features).mean(0)
 
     def forward(
         self, features: Tensor, targets: Targets, pairs: Tensor, weights: Tensor, temperature: float
@@ -111,6 +126,32 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += product(a, b)`, in one visit where the types allow it."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+
+Pending = tuple[Tensor, Tensor] | None
+
+
+def _scores(z: Tensor, weight: Tensor, temperature: Tensor, bias: Tensor) -> tuple[Tensor, Pending]:
+    """z Wᵀ / τ + b `[N, K]`, or z Wᵀ and the τ and b that are still to be applied, by `_finished`.
+
+    In full precision both come for nothing: the features are divided, and the product starts from the bias. Dividing
+    half-precision features would round them twice; there they are left to the kernel that reads the scores anyway.
+    """
+    if z.dtype in (torch.float16, torch.bfloat16):
+        return product(z, weight.T), (temperature, bias)
+    return torch.addmm(bias.to(z.dtype), z / temperature, weight.T), None
+
+
+def _finished(scores: Tensor, pending: Pending) -> Tensor:
+    return scores if pending is None else scores / pending[0] + pending[1]
+
+
 def chunks(rows: int, views: int, prototypes: int, device: torch.device) -> tuple[int, int]:
     """How many chunks to cut n rows into, and the rows of each; all are equal so that nothing is compiled twice."""
     budget = CHUNK_SCORES_GPU if device.type == "cuda" else CHUNK_SCORES
@@ -119,40 +160,78 @@ def chunks(rows: int, views: int, prototypes: int, device: torch.device) -> tupl
     return max(1, -(-rows // size)), size
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """`x` with zero rows appended."""
+def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+    """`x` with rows of `value` appended."""
     if len(x) == rows:
         return x
-    return torch.cat([x, x.new_zeros((rows - len(x), *x.shape[1:]))])
+    return torch.cat([x, x.new_full((rows - len(x), *x.shape[1:]), value)])
 
 
-def sinkhorn_bias(features: Tensor, weight: Tensor, temperature: Tensor, iterations: int) -> Tensor:
-    """log u `[K]` after some Sinkhorn–Knopp iterations on exp(features Wᵀ / τ), for features `[N, d]`.
+def sinkhorn_bias(features: Tensor, counted: Tensor, weight: Tensor, temperature: Tensor, iterations: int) -> Tensor:
+    """log u `[K]` after some Sinkhorn–Knopp iterations on exp(features Wᵀ / τ), for the counted features of `[N, d]`.
 
     One visit to a chunk of rows gives the row scaling of the last iteration and the chunk's share of the next column
     scaling. Constants that cancel in the softmax over prototypes are left out.
     """
+    if features.device.type == "cpu" and features.dtype not in (torch.float16, torch.bfloat16) and len(features):
+        largest = features.norm(dim=1).max() * weight.norm(dim=1).max() / temperature
+        if largest <= SAFE_SCORE:
+            return _sinkhorn_of_exponentials(features / temperature, counted, weight, iterations)
     count, size = chunks(len(features), 1, len(weight), features.device)
     score_dtype = torch.promote_types(features.dtype, torch.float32)
-    is_row = torch.arange(count * size, device=features.device) < len(features)
-    log_row = torch.where(is_row, 0.0, -torch.inf).to(score_dtype)
+    log_row = _padded(torch.where(counted, 0.0, -torch.inf).to(score_dtype), count * size, -torch.inf)
     features = _padded(features, count * size)
     log_u = torch.zeros(len(weight), dtype=score_dtype, device=features.device)
+    visit = _fused(_column_share, features)
     for iteration in range(iterations):
         column = torch.full_like(log_u, -torch.inf)
         for z, row in zip(torch.split(features, size), torch.split(log_row, size), strict=True):
-            column = torch.logaddexp(column, _column_share(z, row, weight, temperature, log_u, first=iteration == 0))
+            scores = _scores(z, weight, temperature, torch.zeros_like(log_u))
+            column = torch.logaddexp(column, visit(*scores, row, log_u, first=iteration == 0))
         log_u = -column
     return log_u
 
 
-def _column_share(
-    z: Tensor, log_row: Tensor, weight: Tensor, temperature: Tensor, log_u: Tensor, *, first: bool
-) -> Tensor:
-    """log Σ_i v_i exp(s_ik) `[K]` over the rows of a chunk; padded rows have `log_row` -inf and count nothing."""
-    scores = product(z, weight.T) / temperature
+def _column_share(product: Tensor, pending: Pending, log_row: Tensor, log_u: Tensor, *, first: bool) -> Tensor:
+    """log Σ_i v_i exp(s_ik) `[K]` over the rows of a chunk; rows whose `log_row` is -inf count nothing."""
+    scores = _finished(product, pending)
     log_v = log_row if first else log_row - torch.logsumexp(scores + log_u, dim=1)
     return torch.logsumexp(scores + log_v[:, None], dim=0)
+
+
+def _sinkhorn_of_exponentials(features: Tensor, counted: Tensor, weight: Tensor, iterations: int) -> Tensor:
+    """`sinkhorn_bias` for scores that are known to be small, features divided by τ: two sums a visit, no logarithms."""
+    stored: list[Tensor] = []
+
+    def exponentials(size: int) -> Iterator[Tensor]:
+        if stored:
+            yield from stored
+            return
+        for z in torch.split(features, size):
+            part = (z @ weight.T).exp_()
+            if len(features) * len(weight) <= STORED_SCORES:
+                stored.append(part)
+            yield part
+
+    _, size = chunks(len(features), 1, len(weight), features.device)
+    u = torch.ones_like(weight[:, 0])
+    for iteration in range(iterations):
+        column = torch.zeros_like(u)
+        for e, rows in zip(exponentials(size), torch.split(counted, size), strict=True):
+            v = rows.to(e.dtype) if iteration == 0 else rows / (e @ u)
+            column += v @ e
+        u = 1 / column
+    return u.log()
+
+
+def _fused(function: Function, on: Tensor) -> Function:
+    """The element by element part of a chunk, which a GPU does in one kernel instead of ten."""
+    return _compiled(function) if on.is_cuda else function
+
+
+@functools.cache
+def _compiled(function: Function) -> Function:
+    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -170,6 +249,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         n, m, d = features.shape
         dtype = targets.features.dtype
+        half = dtype in (torch.float16, torch.bfloat16)
         score_dtype = torch.promote_types(dtype, torch.float32)
         count, size = chunks(n, m + pairs.shape[1], len(weight), features.device)
         w = weight.to(dtype)
@@ -177,22 +257,30 @@ class _CrossEntropy(torch.autograd.Function):
         scale = weights.abs().max().clamp(min=torch.finfo(score_dtype).tiny) if n else weights.new_ones(())
         inputs = [
             torch.split(_padded(x, count * size if n else 0), size)
-            for x in (features.to(dtype), targets.features, weights / scale)
+            for x in (features.to(dtype), targets.features, (weights / scale).to(score_dtype))
         ]
         needs_gradient = any(ctx.needs_input_grad[:2])
         per_view = torch.zeros(m, dtype=score_dtype, device=features.device)
         grad_features = []
         grad_weight = torch.zeros((len(w), d), dtype=score_dtype, device=features.device)
+        no_bias = targets.bias.new_zeros(len(w))
+        student_temperature = targets.bias.new_full((), temperature)
+        visit = _fused(_softmax_difference, features)
         for z, teacher, row_weights in zip(*inputs, strict=True):
-            part, ds = _chunk_loss(z, teacher, row_weights.to(score_dtype), w, targets, pairs, temperature)
-            per_view += part
+            student = _scores(z.flatten(0, 1), w, student_temperature, no_bias)
+            assigned = _scores(teacher.flatten(0, 1), targets.prototypes, targets.temperature, targets.bias)
+            by_row = row_weights[:, None, None] * pairs.to(score_dtype)
+            losses, ds = visit(*student, *assigned, by_row, dtype, HALF_SCALE if half else 1.0)
+            per_view += losses.sum(0)
             if needs_gradient:
-                low = ds.to(dtype)
-                grad_features.append(product(low, w))
-                grad_weight += product(low.T, z.flatten(0, 1))
+                grad_features.append(product(ds, w))
+                _accumulate(grad_weight, ds.T, z.flatten(0, 1))
         if needs_gradient:
-            grad = torch.cat(grad_features).view(-1, m, d)[:n]
-            ctx.save_for_backward((grad * scale).to(features.dtype), (grad_weight * scale).to(weight.dtype))
+            scale_back = scale / temperature / (HALF_SCALE if half else 1.0)
+            grad = torch.cat(grad_features).view(-1, m, d)[:n] if n else features.new_zeros(features.shape)
+            ctx.save_for_backward(
+                grad.mul_(scale_back).to(features.dtype), grad_weight.mul_(scale_back).to(weight.dtype)
+            )
         per_view *= scale
         ctx.mark_non_differentiable(per_view)
         return per_view.sum(), per_view
@@ -205,26 +293,28 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_features * grad, grad_weight * grad, None, None, None, None
 
 
-def _chunk_loss(
-    z: Tensor,
+def _softmax_difference(
+    student: Tensor,
+    student_pending: Pending,
     teacher: Tensor,
-    row_weights: Tensor,
-    weight: Tensor,
-    targets: Targets,
+    teacher_pending: Pending,
     pairs: Tensor,
-    temperature: float,
+    dtype: torch.dtype,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk of rows by view `[m]`, and its gradient with respect to their scores `[c*m, K]`."""
-    c, m, _ = z.shape
-    t = teacher.shape[1]
-    student = product(z.flatten(0, 1), weight.T).div_(temperature).view(c, m, len(weight))
-    assigned = product(teacher.flatten(0, 1), targets.prototypes.T).div_(targets.temperature).add_(targets.bias)
-    q = torch.softmax(assigned, dim=-1).view(c, t, len(weight))
-    q = pairs.to(q.dtype) @ q if m * t > 1 else q * pairs.to(q.dtype)  # [c, m, K]: summed over the teacher's views
-    total = pairs.sum(1).to(q.dtype)  # [m]: what q sums to over the prototypes
-    log_sum = torch.logsumexp(student, dim=-1)
-    per_view = total * log_sum - (q * student).sum(-1)
-    loss = (row_weights[:, None] * per_view).sum(0)
-    ds = student.sub_(log_sum[..., None]).exp_().mul_(total[:, None]).sub_(q)
-    ds.mul_((row_weights / temperature)[:, None, None])
-    return loss, ds.flatten(0, 1)
+    """Losses of a chunk of c rows by view `[c, m]`, and `scale` times their gradient by the scores, `[c·m, K]`.
+
+    Of student scores `[c·m, K]` and teacher scores `[c·t, K]`, which are overwritten, with `pairs` `[c, m, t]`.
+    """
+    _, m, t = pairs.shape
+    q = torch.softmax(_finished(teacher, teacher_pending), dim=-1).view(-1, t, teacher.shape[1])
+    q = pairs @ q if m * t > 1 else q.mul_(pairs)  # [c, m, K]: summed over the teacher's views
+    s = _finished(student, student_pending).view(-1, m, student.shape[1])
+    total = pairs.sum(2, keepdim=True)  # [c, m, 1]: what q sums to over the prototypes
+    agreement = (q * s).sum(-1)
+    top = s.amax(-1, keepdim=True)
+    e = s.sub_(top).exp_()
+    norm = e.sum(-1, keepdim=True)
+    losses = (total * (top + norm.log()))[..., 0] - agreement
+    ds = e.mul_(total / norm).sub_(q)
+    return losses, (ds if scale == 1 else ds * scale).to(dtype).flatten(0, 1)

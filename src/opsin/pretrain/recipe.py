@@ -50,8 +50,8 @@ class Recipe:
     """Stochastic depth: share of a group's samples that each branch leaves out, the same in every block."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
     """Of the matrix products; weights, moments and sums are fp32 (fp64 throughout for fp64). fp16 scales its loss."""
-    compile: bool = False
-    """Compile the backbones with torch.compile: faster after a first slow step."""
+    graphs: bool = True
+    """Record the step as CUDA graphs on a GPU; without, every kernel is launched by itself: slower, easier to debug."""
     max_skipped: int = 10
     """Steps in a row with NaN or infinite gradients, which are left out, before the run stops."""
     log_every: int = 10

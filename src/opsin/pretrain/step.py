@@ -1,0 +1,219 @@
+"""One optimiser step, and everything that it changes.
+
+A step is four pieces of static shape, one after the other:
+
+    look      the teacher sees the global crops of a micro-batch
+    balance   its assignments of the whole batch are balanced
+    learn     the student's losses of a micro-batch, and their gradients
+    update    clipping, AdamW, the teacher's average
+
+On CUDA each piece is recorded as a CUDA graph once it has run a few times, and then replayed: a small backbone's step
+has thousands of kernels that take less time than launching them. Nothing waits for the device.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opsin.backbone.fused import fuse
+from opsin.data.stream import Batch
+from opsin.pretrain.objective import Network, Objective, total
+from opsin.pretrain.optim import AdamW, LossScale, Scalars, scalar_dtype
+from opsin.pretrain.recipe import Recipe
+from opsin.pretrain.schedules import Scheduled
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the products, by the recipe's `precision`."""
+
+EAGER_CALLS = 3
+"""Calls of a piece before it is recorded: kernels are compiled and libraries choose their algorithms meanwhile."""
+
+
+class Outcome(NamedTuple):
+    """What a step says of itself, all on the device."""
+
+    terms: dict[str, Tensor]
+    """Of the loss, see `Objective.losses`."""
+    norms: dict[str, Tensor]
+    """Of the gradients of each part, before clipping."""
+    finite: Tensor
+    """Whether the gradients were; if not, the step has changed nothing."""
+
+
+class Step:
+    """Student, teacher and optimiser of a run, and the step that changes them."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.device, self.dtype = device, DTYPES[recipe.precision]
+        self.student, self.teacher = build(recipe, device)
+        working = working_copy(self.student, self.dtype), working_copy(self.teacher, self.dtype)
+        for network in working:
+            fuse(network.backbone)
+        self.objective = Objective(recipe.loss, *working)
+        self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working)
+        self.loss_scale = LossScale(device, enabled=self.dtype == torch.float16)
+        recorder = Recorder(device) if device.type == "cuda" and recipe.graphs else None
+        record = Piece if recorder is None else partial(Piece, recorder=recorder)
+        self.look, self.balance = record(self.objective.look), record(self.objective.balance)
+        self.learn, self.update = record(self._learn), record(self._update)
+
+    def __call__(self, batch: Batch, values: Scheduled) -> Outcome:
+        """Train on a batch, with the scheduled values of its step."""
+        numbers = torch.tensor(list(asdict(values).values()), dtype=scalar_dtype(self.device))
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        scalars = dict(zip(asdict(values), numbers.to(self.device, non_blocking=True).unbind(), strict=True))
+        targets = self.objective.targets(batch, scalars.pop("teacher_temperature"), self.look, self.balance)
+        sums: dict[str, Tensor] = {}
+        for micro in range(batch.micro_batches):
+            terms = self.learn(self.loss_scale.scale, *self.objective.inputs(batch, micro, targets))
+            sums = {name: sums[name] + term if sums else term.clone() for name, term in terms.items()}
+        norms, finite = self.update(Scalars(**scalars))
+        return Outcome(sums, {part: norm.clone() for part, norm in norms.items()}, finite.clone())
+
+    def _learn(self, scale: Tensor, *inputs: Any) -> dict[str, Tensor]:
+        terms = self.objective.losses(*inputs)
+        (total(terms) * scale).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _update(self, scalars: Scalars) -> tuple[dict[str, Tensor], Tensor]:
+        clipped = self.optimiser.clip(1 / self.loss_scale.scale)
+        self.optimiser.step(scalars, clipped)
+        self.loss_scale.update(clipped.finite)
+        return clipped.norms, clipped.finite
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that decides how a run goes on, by name; see `loaded`."""
+        parts = {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "centre": self.objective.state(),
+            "optimiser": self.optimiser.state(),
+            "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def loaded(self) -> None:
+        """To be called after a checkpoint was copied into the tensors of `state`."""
+        self.optimiser.refresh_copies()
+
+
+def build(recipe: Recipe, device: torch.device) -> tuple[Network, Network]:
+    """Student and teacher, equal at the start; the initial weights depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        student = Network(recipe.backbone, recipe.heads)
+    teacher = Network(recipe.backbone, recipe.heads)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+    return student.to(device, dtype), teacher.to(device, dtype)
+
+
+def working_copy(network: Network, dtype: torch.dtype) -> Network:
+    """The network that computes in `dtype` for one that holds the weights: itself, if that is their type.
+
+    Else a copy whose gradients are added to those of `network`, so that layers need no casts. Prototypes are shared:
+    their products choose their own type.
+    """
+    if dtype == network.backbone.cls_token.dtype:
+        return network
+    low = copy.deepcopy(network)
+    for head in ("dino_head", "ibot_head"):
+        if hasattr(network, head):
+            getattr(low, head).last_layer = getattr(network, head).last_layer
+    masters = dict(network.named_parameters())
+    for name, parameter in low.named_parameters():
+        if parameter is not masters[name]:
+            parameter.data = parameter.data.to(dtype)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(_hand_over, masters[name]))
+    return low
+
+
+def _hand_over(master: nn.Parameter, low: Tensor) -> None:
+    """Add the gradient of a copy to that of its master, where the micro-batches of a step are summed in full."""
+    assert low.grad is not None
+    if master.grad is None:
+        master.grad = low.grad.to(master.dtype)
+    else:
+        master.grad.add_(low.grad)
+    low.grad = None
+
+
+class Recorder:
+    """The stream and the memory in which the pieces of a step are recorded and replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class Piece:
+    """A function of tensors with static shapes: on CUDA recorded as a graph and replayed, elsewhere simply called.
+
+    Results are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
+        self.function, self.recorder = function, recorder
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: Any = None
+        self.outputs: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function gives for `inputs`: tensors, tuples and lists of such, and constants."""
+        if self.recorder is None:
+            return self.function(*inputs)
+        stream = self.recorder.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.calls += 1
+            if self.calls <= EAGER_CALLS:
+                self.outputs = self.function(*inputs)
+            else:
+                if self.graph is None:
+                    self._record(inputs)
+                assert self.graph is not None
+                for static, given in zip(leaves(self.inputs), leaves(inputs), strict=True):
+                    static.copy_(given, non_blocking=True)
+                self.graph.replay()
+        torch.cuda.current_stream().wait_stream(stream)
+        return self.outputs
+
+    def _record(self, inputs: Any) -> None:
+        """Nothing is computed here: the call that records is the first to be replayed."""
+        assert self.recorder is not None
+        self.inputs = mapped(torch.clone, inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        # Threads of the input pipeline may pin memory meanwhile, which the default mode forbids.
+        with torch.cuda.graph(
+            self.graph, pool=self.recorder.pool, stream=self.recorder.stream, capture_error_mode="thread_local"
+        ):
+            self.outputs = self.function(*self.inputs)
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from leaves(branch)
+
+
+def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Nested tuples and lists with `function` of every tensor in its place."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        branches = [mapped(function, branch) for branch in tree]
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+    return tree

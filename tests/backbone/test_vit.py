@@ -287,19 +287,18 @@ def test_images_that_do_not_fit(shape, message):
         backbone(PLAIN)([torch.zeros(shape, dtype=torch.float64)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_attention_written_out_is_the_fused_one(monkeypatch, dtype):
+def test_attention_written_out_is_the_fused_one(monkeypatch):
     torch.manual_seed(0)
-    attention = vit.Attention(Architecture(32, 1, 4)).to(dtype)
-    x = torch.randn(5 * 9 + 3 * 20, 32, dtype=dtype)
+    attention = vit.Attention(Architecture(32, 1, 4)).to(torch.bfloat16)
+    x = torch.randn(5 * 9 + 3 * 20, 32, dtype=torch.bfloat16)
     layouts = [vit.Layout(5, 9), vit.Layout(3, 20)]
     results = []
-    for short in (0, 64):
-        monkeypatch.setattr(vit, "SHORT", short)
+    for longest in (0, 64):
+        monkeypatch.setattr(vit, "WRITTEN_OUT", longest)
         inputs = x.clone().requires_grad_()
         out = attention(inputs, layouts)
         out.square().sum().backward()
         results.append((out, inputs.grad))
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    assert not torch.equal(*(out for out, _ in results))  # two ways indeed
     for written, fused in zip(*results, strict=True):
-        assert (written - fused).abs().max() <= tolerance * fused.abs().max()
+        assert (written - fused).abs().max() <= 2e-2 * fused.abs().max()

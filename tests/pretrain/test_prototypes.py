@@ -1,4 +1,5 @@
 import math
+import shutil
 import subprocess
 import sys
 
@@ -89,6 +90,52 @@ def test_sinkhorn_is_the_textbooks_and_lightlys(n, k, iterations, temperature):
     assert torch.allclose(q, naive.sinkhorn(z @ w.T, temperature, iterations), rtol=1e-8, atol=1e-12)
     theirs = lightly_sinkhorn(z @ w.T, iterations=iterations, epsilon=temperature)
     assert torch.allclose(q, theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("stored", [0, 2**26])
+def test_a_cpu_that_looks_at_the_norms_first_gets_the_same(monkeypatch, stored):
+    teacher, _, zt, *_ = case(1.0, torch.float64, n=150)
+    z, counted = zt.flatten(0, 1), torch.arange(300) % 5 > 0
+    monkeypatch.setattr(P, "STORED_SCORES", stored)
+    exponentials = sinkhorn_bias(z, counted, teacher.weight(), torch.tensor(0.05, dtype=torch.float64), 3)
+    monkeypatch.setattr(P, "SAFE_SCORE", 0.0)
+    logarithms = sinkhorn_bias(z, counted, teacher.weight(), torch.tensor(0.05, dtype=torch.float64), 3)
+    difference = exponentials - logarithms
+    assert not torch.equal(exponentials, logarithms)  # two ways indeed
+    assert torch.allclose(difference, difference.mean().expand_as(difference), atol=1e-10)  # a constant cancels
+
+
+@pytest.mark.parametrize("safe", [0.0, 30.0])
+def test_rows_that_do_not_count_change_nothing(monkeypatch, safe):
+    monkeypatch.setattr(P, "SAFE_SCORE", safe)
+    teacher, student, zt, zs, pairs, weights = case(1.0, torch.float64)
+    temperature = torch.tensor(0.05, dtype=torch.float64)
+    counted = torch.arange(len(zt)) % 3 > 0
+    few = teacher.balance(zt[counted], every(zt[counted]), temperature, 3, torch.float64)
+    expected, _ = student(zs[counted], few, pairs, weights[counted], 0.1)
+    padded = torch.where(counted[:, None, None], zt, 1e3 * zt)  # whatever lies there
+    all_rows = teacher.balance(padded, counted, temperature, 3, torch.float64)
+    found, _ = student(zs, all_rows, pairs, weights * counted, 0.1)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler: apt install g++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_chunks_are_the_plain_ones(monkeypatch, dtype):
+    monkeypatch.setattr(P, "SAFE_SCORE", 0.0)
+
+    def run():
+        teacher, student, zt, zs, pairs, weights = case(1.0, dtype)
+        targets = teacher.balance(zt, every(zt), torch.tensor(TEMPERATURE), 3, dtype)
+        loss, per_view = student(zs, targets, pairs, weights, 0.1)
+        loss.backward()
+        return loss.detach(), per_view, zs.grad, student.weight_v.grad
+
+    plain = run()
+    monkeypatch.setattr(P, "_fused", lambda function, _: P._compiled(function))
+    for f, e in zip(run(), plain, strict=True):
+        torch.testing.assert_close(f, e, rtol=2e-3, atol=2e-4)
 
 
 def test_sinkhorn_survives_prototypes_of_norm_five_in_fp32():

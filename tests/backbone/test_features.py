@@ -1,6 +1,9 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -9,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from opsin.backbone import registry, weights
-from opsin.backbone.features import FeatureExtractor, evaluation_transform, load
+from opsin.backbone.features import FeatureExtractor, by_shape, evaluation_transform, load
 from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
 from opsin.errors import OpsinError
 
@@ -190,9 +193,64 @@ def test_features_can_train_a_head(extractor):
     assert not extractor.backbone.training
 
 
-def test_the_backbones_precision_is_kept(extractor):
-    half = FeatureExtractor(registry.create("vit_nano8", depth=1).bfloat16())
-    assert half.features(as_tensor(photo(20, 20)), size=16).cls.dtype == torch.bfloat16
+def test_features_are_fp32_in_every_precision(extractor):
+    image = as_tensor(photo(40, 56))
+    half = FeatureExtractor(extractor.backbone, precision="bf16")
+    assert half.dtype == half.backbone.norm.weight.dtype == torch.bfloat16
+    assert extractor.dtype == extractor.backbone.norm.weight.dtype == torch.float32  # a copy was converted
+    prepared = extractor.preprocess(image, 40)
+    (expected,) = half.backbone([prepared[None].bfloat16()])
+    for features in (half.features(image, size=40), half.each([image], size=40)[0], half.features(image, [-1])[0]):
+        assert all(tensor.dtype == torch.float32 for tensor in features)
+    assert torch.equal(half.features(image, size=40).cls, expected.cls.float())
+    assert not torch.equal(half.features(image, size=40).cls, extractor.features(image, size=40).cls)
+    double = FeatureExtractor(registry.create("vit_nano8", depth=1).double())
+    assert double.features(image, size=40).cls.dtype == torch.float64
+
+
+def test_a_precision_that_the_weights_have_costs_no_copy(extractor):
+    assert FeatureExtractor(extractor.backbone, precision="fp32").backbone is extractor.backbone
+    half = registry.create("vit_nano8", depth=1).bfloat16()
+    assert FeatureExtractor(half).backbone is FeatureExtractor(half, precision="bf16").backbone is half
+
+
+def test_a_precision_that_cannot_be(extractor):
+    with pytest.raises(OpsinError, match="unknown precision 'bf61': did you mean 'bf16'"):
+        FeatureExtractor(extractor.backbone, precision="bf61")
+    with pytest.raises(OpsinError, match=r"fp16 is for GPUs, .* slower than fp32: choose fp32 or bf16"):
+        FeatureExtractor(extractor.backbone, precision="fp16")
+
+
+@pytest.mark.parametrize("scale", [1, 20])
+def test_half_precision_is_as_near_as_the_docstring_says(scale):
+    torch.manual_seed(0)
+    full = FeatureExtractor(registry.create("dinov2_vits14", layerscale=1.0))
+    with torch.no_grad():  # rough positions and input, which the initial weights are not
+        full.backbone.pos_embed.mul_(scale)
+    half = FeatureExtractor(full.backbone, precision="bf16")
+    images = [as_tensor(photo(240, 240, seed)) for seed in range(2)]
+    for one, other in zip(full.features(images), half.features(images), strict=True):
+        assert (F.cosine_similarity(one, other, dim=-1) > 0.999).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_gives_what_a_processor_gives(extractor, precision):
+    images = [as_tensor(photo(40, 56, seed)) for seed in range(3)]
+    on_gpu = FeatureExtractor(copy.deepcopy(extractor.backbone).cuda(), precision=precision)
+    for one, other in zip(extractor.features(images, size=40), on_gpu.features(images, size=40), strict=True):
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-2 if precision == "fp32" else 0.1)
+
+
+# ---- grouping
+
+
+def test_by_shape_names_every_image_once():
+    shapes = [(2, 3), (3, 2), (2, 3), (4, 4), (3, 2)]
+    assert by_shape([torch.zeros(3, *shape) for shape in shapes]) == [[0, 2], [1, 4], [3]]
+    assert by_shape([]) == []
 
 
 # ---- load

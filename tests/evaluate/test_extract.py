@@ -1,5 +1,7 @@
 import json
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from opsin.backbone import registry, weights
 from opsin.backbone.features import FeatureExtractor
 from opsin.cli import main
-from opsin.data.decode import decode
+from opsin.data.decode import DecodeError, decode
 from opsin.data.sources import scan
 from opsin.errors import OpsinError
 from opsin.evaluate import extract
@@ -76,6 +78,131 @@ def test_every_row_is_what_the_image_alone_gives(extractor, source, tmp_path):
     assert sorted(p.name for p in out.parent.iterdir()) == ["features.parquet", "features.parquet.unreadable.jsonl"]
 
 
+def one_batch_after_another(extractor, source, batch_size) -> dict[str, tuple]:
+    """The plain way: decode, prepare and compute a batch, then the next."""
+    expected = {}
+    for at in range(0, len(source), batch_size):
+        names, images = [], []
+        for path in source.paths[at : at + batch_size]:
+            with suppress(DecodeError):
+                images.append(decode(source.root / path))
+                names.append(path)
+        if names:
+            expected |= dict(zip(names, extractor.each(images, SIZE), strict=True))
+    return expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("workers", [1, 5])
+def test_the_pipeline_changes_no_value(extractor, source, tmp_path, monkeypatch, batch_size, workers):
+    monkeypatch.setattr(extract, "PART", 6)
+    out = tmp_path / "f.parquet"
+    write_features(extractor, source, out, patches=True, size=SIZE, batch_size=batch_size, workers=workers)
+    expected, rows = one_batch_after_another(extractor, source, batch_size), rows_of(out)
+    assert list(rows) == list(expected)  # row order, and no row for the two files that are no images
+    for path, row in rows.items():
+        np.testing.assert_allclose(row["cls"], expected[path].cls[0], rtol=0, atol=1e-6)
+        assert (row["rows"], row["columns"]) == tuple(expected[path].patches.shape[1:3])
+        np.testing.assert_allclose(row["patches"], expected[path].patches.flatten(), rtol=0, atol=1e-6)
+
+
+def test_a_batch_without_a_readable_image(extractor, source, tmp_path):
+    # the third and the last of the nine files are no images, and each is a batch of its own
+    assert write_features(extractor, source, tmp_path / "f.parquet", patches=True, size=SIZE, batch_size=1) == 7
+
+
+def test_half_precision_is_written_in_fp32(extractor, source, tmp_path):
+    half = FeatureExtractor(extractor.backbone, precision="bf16")
+    write_features(half, source, tmp_path / "f.parquet", size=SIZE, batch_size=4)
+    assert str(pq.read_schema(tmp_path / "f.parquet").field("cls").type) == "fixed_size_list<element: float>[16]"
+    for path, row in rows_of(tmp_path / "f.parquet").items():
+        alone = half.features(decode(source.root / path), size=SIZE).cls[0].numpy()
+        np.testing.assert_allclose(row["cls"], alone, rtol=0, atol=0.1)
+        assert np.abs(row["cls"] - extractor.features(decode(source.root / path), size=SIZE).cls[0].numpy()).max() > 0
+
+
+def test_images_are_prepared_ahead_in_the_worker_threads(extractor, source, tmp_path, monkeypatch):
+    """The model gets its first batch when later ones are being prepared already, and none in its own thread."""
+    threads, preprocess = [], extractor.preprocess
+    third = threading.Event()
+
+    def watched(image, size):
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        if len(threads) >= 3:
+            third.set()
+        return preprocess(image, size)
+
+    forward = extractor.backbone.forward
+    monkeypatch.setattr(extractor, "preprocess", watched)
+    monkeypatch.setattr(extractor.backbone, "forward", lambda images: third.wait(20) and forward(images))
+    assert write_features(extractor, source, tmp_path / "f.parquet", size=SIZE, batch_size=2, workers=2) == 7
+    assert len(threads) == 7
+    assert {(name.rstrip("01"), count) for name, count in threads} == {("prepare_", 1)}
+
+
+def test_writing_does_not_hold_up_the_model(extractor, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "PART", 3)
+    later, write, forward = threading.Event(), pq.write_table, extractor.backbone.forward
+    computed = []
+
+    def slow(table, path):
+        if len(computed) < 9:  # the first part waits until the next one has been computed
+            assert later.wait(20)
+        write(table, path)
+
+    def watched(images):
+        computed.extend(images)
+        if len(computed) >= 5:
+            later.set()
+        return forward(images)
+
+    monkeypatch.setattr(pq, "write_table", slow)
+    monkeypatch.setattr(extractor.backbone, "forward", watched)
+    assert write_features(extractor, source, tmp_path / "f.parquet", size=SIZE, batch_size=1) == 7
+
+
+def test_a_full_disk_is_told_when_the_writer_meets_it(extractor, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "PART", 3)
+    write = pq.write_table
+
+    def full(table, path):
+        if path.stem == "000000000003":
+            raise OSError(28, "No space left on device")
+        write(table, path)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OpsinError, match=r"No space left on device; free some space .* finished parts stay in"):
+        write_features(extractor, source, tmp_path / "f.parquet", size=SIZE, batch_size=2)
+    assert (tmp_path / "f.parquet.parts" / "000000000000.parquet").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(extract, "PART", 3)
+    assert write_features(extractor, source, tmp_path / "f.parquet", size=SIZE, batch_size=2) == 7
+
+
+def test_features_that_are_not_finite_are_refused(source, tmp_path):
+    broken = tiny()
+    with torch.no_grad():
+        broken.backbone.norm.weight[3] = torch.inf
+    with pytest.raises(OpsinError, match=r"the features of 0\.png .* not finite: the weights are damaged, or .* fp16"):
+        write_features(broken, source, tmp_path / "f.parquet", size=SIZE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("one_shape", [True, False])
+def test_graphs_and_packed_batches_on_a_gpu(photos, tmp_path, one_shape):
+    on_gpu, data = tiny(), tmp_path / "data"
+    data.mkdir()
+    for number in range(7):  # batches of three: two full ones, which a graph computes, and one that is padded
+        shutil.copy(photos / ("0.png" if one_shape else f"{number // 2 * 2}.png"), data / f"{number}.png")
+    expected = one_batch_after_another(on_gpu, scan(data), 3)
+    on_gpu.backbone.cuda()
+    assert write_features(on_gpu, scan(data), tmp_path / "f.parquet", patches=True, size=SIZE, batch_size=3) == 7
+    for path, row in rows_of(tmp_path / "f.parquet").items():
+        np.testing.assert_allclose(row["cls"], expected[path].cls[0], rtol=0, atol=2e-2)  # convolutions use TF32
+        np.testing.assert_allclose(row["patches"], expected[path].patches.flatten(), rtol=0, atol=2e-2)
+
+
 def test_patches_are_left_out_unless_asked_for(extractor, source, tmp_path):
     write_features(extractor, source, tmp_path / "f.parquet", size=SIZE)
     assert pq.read_schema(tmp_path / "f.parquet").names == ["path", "cls"]
@@ -130,12 +257,12 @@ def test_an_interrupted_extraction_goes_on_and_gives_the_same_file(
     assert not out.exists()
     (parts / "000000000003.partial").write_bytes(b"cut off by a kill")
 
-    computed = []
-    each = extractor.each
-    monkeypatch.setattr(extractor, "each", lambda images, size: computed.append(len(images)) or each(images, size))
+    prepared = []
+    preprocess = extractor.preprocess
+    monkeypatch.setattr(extractor, "preprocess", lambda *image: prepared.append(1) or preprocess(*image))
     shown = []
     assert write_features(extractor, source, out, **settings, advance=shown.append) == len(SHAPES)
-    assert sum(computed) == len(source) - 3
+    assert len(prepared) == len(SHAPES) - 2  # the first part has two images and a file that is none
     assert sum(shown) == len(source)  # the bar begins where it stopped, and ends full
     assert out.read_bytes() == whole.read_bytes()
     assert list(rows_of(out)) == [path for path in source.paths if path not in ("2b.png", "deep/9.jpg")]
@@ -158,6 +285,9 @@ def test_parts_of_another_extraction_are_refused(extractor, source, photos, tmp_
         "size": lambda: write_features(extractor, source, out, size=SIZE + 8),
         "patches, size": lambda: write_features(extractor, source, out, patches=True),
         "weights": lambda: write_features(tiny(seed=1), source, out, size=SIZE),
+        "precision, weights": lambda: write_features(
+            FeatureExtractor(extractor.backbone, precision="bf16"), source, out, size=SIZE
+        ),
         "source": lambda: write_features(extractor, scan(photos / "deep"), out, size=SIZE),
     }
     for changed, again in others.items():
@@ -193,7 +323,23 @@ def test_the_command_end_to_end(extractor, photos, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"7 images written to {out}, 2 unreadable: see {out}.unreadable.jsonl\n"
     assert "9/9 images" in printed.err
-    row = rows_of(out)["deep/er/1.png"]
+    row = rows_of(out)["deep/er/1.png"]  # in fp32, which is what a processor computes in unless told otherwise
     alone = extractor.features(decode(photos / "deep/er/1.png"), size=SIZE)
     np.testing.assert_allclose(row["cls"], alone.cls[0], rtol=0, atol=1e-5)
     assert (row["rows"], row["columns"]) == tuple(alone.patches.shape[1:3])
+
+
+def test_the_command_in_half_precision(extractor, photos, tmp_path, capsys):
+    file, out = tmp_path / "backbone.safetensors", tmp_path / "features.parquet"
+    weights.save(extractor.backbone, file)
+    options = ["--data", str(photos), "--out", str(out), "--weights", str(file), "--size", str(SIZE), "--device", "cpu"]
+    assert main(["features", *options, "--precision", "bf16"]) == 0
+    half = FeatureExtractor(extractor.backbone, precision="bf16")
+    alone = half.features(decode(photos / "0.png"), size=SIZE)
+    np.testing.assert_allclose(rows_of(out)["0.png"]["cls"], alone.cls[0], rtol=0, atol=0.1)
+    for precision, message in {"fp8": "unknown precision 'fp8': ", "fp16": "fp16 is for GPUs"}.items():
+        capsys.readouterr()
+        assert main(["features", *options, "--precision", precision]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1

@@ -10,7 +10,7 @@ from opsin.data.stream import Batch, BatchRecipe
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import Scheduled
-from opsin.pretrain.step import Piece, Step, build, leaves, mapped, working_copy
+from opsin.pretrain.step import Step, build, working_copy
 
 CPU = torch.device("cpu")
 NOW = Scheduled(rate=1e-3, last_layer_rate=1e-3, decay=0.05, momentum=0.9, teacher_temperature=0.05)
@@ -89,21 +89,6 @@ def test_the_working_copy_of_full_precision_is_the_network():
     assert working_copy(student, torch.float32) is student
 
 
-def test_trees_of_tensors():
-    a, b = torch.ones(2), torch.zeros(3)
-    tree = (NOW, [a, None, (b, 4)])
-    assert [id(t) for t in leaves(tree)] == [id(a), id(b)]
-    doubled = mapped(lambda t: t * 2, tree)
-    assert doubled[0] is NOW
-    assert doubled[1][1] is None
-    assert doubled[1][2][1] == 4
-    assert torch.equal(doubled[1][0], 2 * a)
-
-
-def test_a_piece_without_a_gpu_is_the_function():
-    assert Piece(lambda x, y: x + y)(torch.ones(()), 2) == 3
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("micro", [0, 4])
@@ -115,5 +100,5 @@ def test_recorded_steps_are_the_launched_ones(precision, micro):
         settings = recipe(precision, micro, graphs=graphs)
         step = Step(settings, device)
         losses.append([float(step(batch(settings, n, device), NOW).terms["dino"]) for n in range(8)])
-        assert (step.learn.graph is not None) == graphs
+        assert (step.learn.captured is not None) == graphs
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

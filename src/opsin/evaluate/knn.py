@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from opsin.data.decode import shown
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, scan
 from opsin.errors import OpsinError
+from opsin.evaluate.pipeline import prepared
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +62,15 @@ def extract(
     def prepare(index: int) -> Tensor:
         return evaluation_transform(read(index).to(transform_on), size)
 
-    with ThreadPoolExecutor(workers) as pool, torch.inference_mode():
-
-        def submit(start: int) -> list[Future[Tensor]]:
-            return [pool.submit(prepare, index) for index in range(start, min(start + batch_size, count))]
-
-        ahead = submit(0)
-        try:
-            for start in range(0, count, batch_size):
-                waiting, ahead = ahead, submit(start + batch_size)
-                images = torch.stack([image.result() for image in waiting]).to(device, precision)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    cls = backbone([images])[0].cls
-                features[start : start + len(waiting)] = cls.float().cpu()
-                if advance is not None:
-                    advance(len(waiting))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    with torch.inference_mode(), closing(prepared(prepare, batches, workers=workers, ahead=1)) as ready:
+        for batch, crops in zip(batches, ready, strict=True):
+            images = torch.stack(crops).to(device, precision)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                cls = backbone([images])[0].cls
+            features[batch.start : batch.stop] = cls.float().cpu()
+            if advance is not None:
+                advance(len(batch))
     return features
 
 

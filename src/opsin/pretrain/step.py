@@ -12,7 +12,6 @@ has thousands of kernels that take less time than launching them. Nothing waits 
 """
 
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.backbone.fused import fuse
+from opsin.backbone.graphs import Piece, Recorder
 from opsin.data.stream import Batch
 from opsin.pretrain.objective import Network, Objective, total
 from opsin.pretrain.optim import AdamW, LossScale, Scalars, scalar_dtype
@@ -29,9 +29,6 @@ from opsin.pretrain.schedules import Scheduled
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the products, by the recipe's `precision`."""
-
-EAGER_CALLS = 3
-"""Calls of a piece before it is recorded: kernels are compiled and libraries choose their algorithms meanwhile."""
 
 
 class Outcome(NamedTuple):
@@ -58,9 +55,10 @@ class Step:
         self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working)
         self.loss_scale = LossScale(device, enabled=self.dtype == torch.float16)
         recorder = Recorder(device) if device.type == "cuda" and recipe.graphs else None
-        record = Piece if recorder is None else partial(Piece, recorder=recorder)
-        self.look, self.balance = record(self.objective.look), record(self.objective.balance)
-        self.learn, self.update = record(self._learn), record(self._update)
+        self.look, self.balance, self.learn, self.update = (
+            Piece(function, recorder)
+            for function in (self.objective.look, self.objective.balance, self._learn, self._update)
+        )
 
     def __call__(self, batch: Batch, values: Scheduled) -> Outcome:
         """Train on a batch, with the scheduled values of its step."""
@@ -144,76 +142,3 @@ def _hand_over(master: nn.Parameter, low: Tensor) -> None:
     else:
         master.grad.add_(low.grad)
     low.grad = None
-
-
-class Recorder:
-    """The stream and the memory in which the pieces of a step are recorded and replayed."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-
-class Piece:
-    """A function of tensors with static shapes: on CUDA recorded as a graph and replayed, elsewhere simply called.
-
-    Results are overwritten by the next call.
-    """
-
-    def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
-        self.function, self.recorder = function, recorder
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: Any = None
-        self.outputs: Any = None
-
-    def __call__(self, *inputs: Any) -> Any:
-        """What the function gives for `inputs`: tensors, tuples and lists of such, and constants."""
-        if self.recorder is None:
-            return self.function(*inputs)
-        stream = self.recorder.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.calls += 1
-            if self.calls <= EAGER_CALLS:
-                self.outputs = self.function(*inputs)
-            else:
-                if self.graph is None:
-                    self._record(inputs)
-                assert self.graph is not None
-                for static, given in zip(leaves(self.inputs), leaves(inputs), strict=True):
-                    static.copy_(given, non_blocking=True)
-                self.graph.replay()
-        torch.cuda.current_stream().wait_stream(stream)
-        return self.outputs
-
-    def _record(self, inputs: Any) -> None:
-        """Nothing is computed here: the call that records is the first to be replayed."""
-        assert self.recorder is not None
-        self.inputs = mapped(torch.clone, inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        # Threads of the input pipeline may pin memory meanwhile, which the default mode forbids.
-        with torch.cuda.graph(
-            self.graph, pool=self.recorder.pool, stream=self.recorder.stream, capture_error_mode="thread_local"
-        ):
-            self.outputs = self.function(*self.inputs)
-
-
-def leaves(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples and lists, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from leaves(branch)
-
-
-def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Nested tuples and lists with `function` of every tensor in its place."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, (tuple, list)):
-        branches = [mapped(function, branch) for branch in tree]
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
-    return tree

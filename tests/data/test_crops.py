@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -5,10 +7,12 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from skimage import data as photos
 
 from opsin.data import crops as C
 from opsin.data.crops import CropRecipe, draw_crops, render
+from opsin.data.decode import decode, decode_reduced
 from opsin.errors import OpsinError
 
 
@@ -187,3 +191,47 @@ def test_bad_recipes():
         CropRecipe(global_scale=(0.5, 0.2))
     with pytest.raises(OpsinError, match=r"crops.mean has 1 entries and crops.std 3"):
         CropRecipe(mean=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """A photo of 12 megapixels with an odd side, as a JPEG."""
+    image = Image.fromarray(photos.astronaut()[:384]).resize((4001, 3000), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_crops_of_a_reduced_photo_are_those_of_the_whole(large, factor):
+    """With the same windows, which are as small as a reduction may make them."""
+    whole, (reduced, scale) = decode(large), decode_reduced(large, lambda *_: factor)
+    assert scale == (3000, 4001, factor)
+    size = 3000 // factor // C._ROOM
+    boxes = np.array([[0, 13, C._ROOM * size, C._ROOM * size]])
+    mine = C.resize_by_kernel([reduced], boxes, size)
+    twin = C.resize_by_kernel([whole], boxes * factor, size)
+    difference = (mine - twin).abs() * 255
+    assert difference.max() <= 2
+    assert difference.mean() <= 0.2
+
+
+SMALL = CropRecipe(global_size=56, local_size=28, local_count=3)
+
+
+@given(st.integers(0, 2**40), st.integers(1, 6000), st.integers(1, 6000))
+def test_a_reduction_is_the_largest_that_leaves_room(position, height, width):
+    factor = C.reduction(SMALL, 3, position, height, width)
+    size, room = np.array([[height, width]]), []
+    for kind in C.KINDS:
+        whole = draw_crops(SMALL, kind, 3, np.array([position]), size)
+        drawn = draw_crops(SMALL, kind, 3, np.array([position]), size, np.array([factor]))
+        assert (drawn.boxes == whole.boxes // factor).all()
+        assert ((drawn.boxes[:, :2] + drawn.boxes[:, 2:]) * factor <= size).all()
+        assert factor == 1 or (drawn.boxes[:, 2:] >= 4 * SMALL.size(kind)).all()
+        room.append((whole.boxes[:, 2:] // (4 * SMALL.size(kind))).min())
+    assert factor == 8 or min(room) < 2 * factor
+
+
+def test_reductions_do_not_need_local_crops():
+    assert C.reduction(CropRecipe(global_size=28, local_count=0), 0, 0, 3000, 4000) == 8

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
-from opsin.data.decode import DECODER, DecodeError, decode, header, shown
+from opsin.data.decode import DECODER, DecodeError, decode, decode_reduced, header, shown
 from opsin.errors import OpsinError
 
 
@@ -277,31 +277,46 @@ def test_32_bit_samples_are_refused(mode):
         decode(encoded(GREY.convert(mode), "TIFF"))
 
 
-@pytest.mark.parametrize(
-    ("min_side", "size"), [(None, 301), (151, 301), (150, 151), (76, 151), (75, 76), (38, 76), (37, 38), (1, 38)]
-)
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_min_side_reduces_a_jpeg_while_the_shorter_side_allows_it(min_side, size, orientation):
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_jpeg_is_reduced_as_chosen_from_its_upright_size(factor, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(noise(301, 500)), "JPEG", exif=exif)
-    image = decode(data, min_side=min_side)
-    assert min(image.shape[1:]) == size
-    assert (image.shape[1] > image.shape[2]) == (orientation == 6)
-    assert min(image.shape[1:]) >= min(301, min_side or 301)
-    assert header(data).width == (500 if orientation == 1 else 301)
+    data = encoded(Image.fromarray(noise(304, 504)), "JPEG", exif=exif)
+    asked = []
+    image, scale = decode_reduced(data, lambda *size: asked.append(size) or factor)
+    size = (304, 504) if orientation < 5 else (504, 304)
+    assert asked == [size]
+    assert scale == (*size, factor)
+    assert image.shape == (3, size[0] // factor, size[1] // factor)
+    assert torch.equal(decode(data), decode_reduced(data, lambda *_: 1)[0])
 
 
-def test_the_reduced_jpeg_shows_the_same_picture():
-    data = encoded(Image.fromarray(noise(320, 480)), "JPEG", quality=95)
-    full, half = decode(data).float(), decode(data, min_side=160).float()
+@pytest.mark.parametrize(("side", "turned"), [(300, 4), (301, 1), (302, 2), (304, 8)])
+def test_a_turned_jpeg_is_reduced_to_whole_pixels(side, turned):
+    """Squares of pixels are counted from the stored corner, which would be the far one of the upright image."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upright, stored = (encoded(Image.fromarray(noise(400, side)), "JPEG", exif=exif) for exif in (Image.Exif(), exif))
+    image, scale = decode_reduced(upright, lambda *_: 8)
+    assert (image.shape[2], scale.reduction) == (-(-side // 8), 8)
+    assert decode_reduced(stored, lambda *_: 8)[1].reduction == turned
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_reduced_jpeg_shows_the_same_picture(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(noise(320, 480)), "JPEG", quality=95, exif=exif)
+    full, (half, _) = decode(data).float(), decode_reduced(data, lambda *_: 2)
     difference = (torch.nn.functional.avg_pool2d(full, 2) - half).abs()
-    assert half.shape == (3, 160, 240)
     assert difference.mean() < 1
 
 
-def test_min_side_leaves_other_formats_alone():
-    assert decode(encoded(RGB, "PNG"), min_side=5).shape == (3, 37, 53)
+def test_other_formats_are_not_reduced():
+    image, scale = decode_reduced(encoded(RGB, "PNG"), lambda *_: 8)
+    assert image.shape == (3, 37, 53)
+    assert scale == (37, 53, 1)
 
 
 def test_a_bomb_is_refused_before_decoding_and_nothing_is_printed(tmp_path):
@@ -317,7 +332,7 @@ def test_a_bomb_is_refused_before_decoding_and_nothing_is_printed(tmp_path):
 import io, resource, time
 from pathlib import Path
 from PIL import Image
-from opsin.data.decode import decode, DecodeError
+from opsin.data.decode import decode, decode_reduced, DecodeError
 bomb = Path({str(bomb)!r})
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 try:
@@ -401,7 +416,7 @@ def test_a_jpeg_without_its_last_byte_is_an_error():
         with pytest.raises(DecodeError, match="truncated"):
             decode(data[:-1])
     with pytest.raises(DecodeError, match="truncated"):
-        decode(encoded(Image.fromarray(noise(300, 300)), "JPEG")[:-1], min_side=100)
+        decode_reduced(encoded(Image.fromarray(noise(300, 300)), "JPEG")[:-1], lambda *_: 2)
 
 
 def test_damage_inside(tmp_path):

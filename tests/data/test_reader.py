@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opsin.data import reader as module
-from opsin.data.decode import decode
+from opsin.data.decode import decode, decode_reduced
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.errors import OpsinError
@@ -60,11 +60,11 @@ def test_submit_does_not_wait_and_decodes_in_parallel(tmp_path, monkeypatch):
     source = folder(tmp_path / "data", 4)
     together = threading.Barrier(4)
 
-    def meet(path, **options):
+    def meet(path, reduction, **options):
         together.wait(timeout=10)
-        return decode(path, **options)
+        return decode_reduced(path, reduction, **options)
 
-    monkeypatch.setattr(module, "decode", meet)
+    monkeypatch.setattr(module, "decode_reduced", meet)
     with ImageReader(source, workers=4) as reader:
         assert len(reader.read_many(range(4))) == 4
         together = threading.Barrier(2)
@@ -78,7 +78,12 @@ def test_a_bad_file_is_replaced_logged_and_counted_once(tmp_path, monkeypatch):
     source = folder(tmp_path / "data", 10, bad={3, 4, 9})
     log = tmp_path / "run" / "unreadable.jsonl"
     decoded = []
-    monkeypatch.setattr(module, "decode", lambda path, **options: decoded.append(path.name) or decode(path, **options))
+
+    def note(path, reduction, **options):
+        decoded.append(path.name)
+        return decode_reduced(path, reduction, **options)
+
+    monkeypatch.setattr(module, "decode_reduced", note)
     with ImageReader(source, workers=3, log=log) as reader:
         for _ in range(3):
             images = reader.read_many([3, 4, 9, 5, 0])
@@ -97,12 +102,12 @@ def test_a_bad_file_that_two_threads_meet_at_once_counts_once(tmp_path, monkeypa
     source = folder(tmp_path / "data", 3, bad={0})
     together = threading.Barrier(2)
 
-    def meet(path, **options):
+    def meet(path, reduction, **options):
         if path.name == "0000.png":
             together.wait(timeout=10)
-        return decode(path, **options)
+        return decode_reduced(path, reduction, **options)
 
-    monkeypatch.setattr(module, "decode", meet)
+    monkeypatch.setattr(module, "decode_reduced", meet)
     with ImageReader(source, workers=2, log=tmp_path / "bad.jsonl") as reader:
         assert [identity(image) for image in reader.read_many([0, 0])] == [1, 1]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
@@ -121,12 +126,12 @@ def test_what_an_index_gives_depends_on_the_files_alone(tmp_path, bad, workers, 
     jitter = np.random.default_rng(delays)
     pauses = {str(source.path(i)): float(jitter.uniform(0, 0.003)) for i in range(20)}
 
-    def slow(path, **options):
+    def slow(path, reduction, **options):
         time.sleep(pauses[str(path)])
-        return decode(path, **options)
+        return decode_reduced(path, reduction, **options)
 
     with pytest.MonkeyPatch.context() as patch, ImageReader(source, workers=workers) as reader:
-        patch.setattr(module, "decode", slow)
+        patch.setattr(module, "decode_reduced", slow)
         assert [identity(image) for image in reader.read_many(order)] == expected
         assert set(reader.bad) == bad
 
@@ -179,12 +184,12 @@ def test_an_error_in_a_thread_reaches_the_caller_and_cancels_the_rest(tmp_path, 
     source = folder(tmp_path / "data", 50)
     started = []
 
-    def fail(path, **options):
+    def fail(path, reduction, **options):
         started.append(path)
         time.sleep(0.01)
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(module, "decode", fail)
+    monkeypatch.setattr(module, "decode_reduced", fail)
     with ImageReader(source, workers=1) as reader:
         with pytest.raises(MemoryError):
             reader.read_many(range(50))
@@ -196,11 +201,11 @@ def test_closing_drops_what_has_not_begun(tmp_path, monkeypatch):
     source = folder(tmp_path / "data", 50)
     started = []
 
-    def slow(path, **options):
+    def slow(path, reduction, **options):
         started.append(path)
         time.sleep(0.02)
 
-    monkeypatch.setattr(module, "decode", slow)
+    monkeypatch.setattr(module, "decode_reduced", slow)
     before = threading.active_count()
     reader = ImageReader(source, workers=2)
     reader.submit(range(50))
@@ -220,12 +225,16 @@ def test_a_log_that_cannot_be_written(tmp_path):
     )
 
 
-def test_limits_of_decoding_are_passed_on(tmp_path):
+def test_limits_and_reductions_are_passed_on(tmp_path):
     Image.new("RGB", (64, 48), (1, 0, 7)).save(tmp_path / "a.jpg")
     Image.new("RGB", (5, 5), (0, 0, 7)).save(tmp_path / "b.png")
     source = scan(tmp_path)
-    with ImageReader(source, workers=1, min_side=24) as reader:
-        assert reader.read(0).shape == (3, 24, 32)
+    with ImageReader(source, workers=2) as reader:
+        pending = reader.submit([0, 1, 0], [lambda *size: {(48, 64): 2}[size]] * 2 + [lambda *_: 4])
+        images, scales = zip(*pending.scaled(), strict=True)
+        assert [image.shape[1:] for image in images] == [(24, 32), (5, 5), (12, 16)]
+        assert scales == ((48, 64, 2), (5, 5, 1), (48, 64, 4))
+        assert reader.submit([0]).result()[0].shape == (3, 48, 64)
     with ImageReader(source, workers=1, max_pixels=100) as reader:
         assert reader.read(0).shape == (3, 5, 5)
         assert "more than max_pixels 100" in reader.bad[0]

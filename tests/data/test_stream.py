@@ -1,9 +1,18 @@
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from opsin.data.crops import CropRecipe
+from opsin.data.crops import CropRecipe, draw_crops, reduction, render
+from opsin.data.decode import Scale, decode_reduced
 from opsin.data.masks import MaskRecipe
+from opsin.data.reader import ImageReader
+from opsin.data.sources import scan
 from opsin.data.stream import Batch, BatchRecipe, DataRecipe, Stream, StreamRecipe
 from opsin.errors import OpsinError
 
@@ -28,12 +37,13 @@ class Reader:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def submit(self, indices):
+    def submit(self, indices, reductions):
+        assert all(reduction(40, 40) == 1 for reduction in reductions)
         self.asked.append(indices)
         return self
 
-    def result(self):
-        return [torch.full((3, 40, 40), i % 256, dtype=torch.uint8) for i in self.asked[-1]]
+    def scaled(self):
+        return [(torch.full((3, 40, 40), i % 256, dtype=torch.uint8), Scale(40, 40, 1)) for i in self.asked[-1]]
 
 
 def images(count: int = 16) -> list[torch.Tensor]:
@@ -53,8 +63,8 @@ def test_micro_batches_are_parts_of_the_whole_batch(micro):
     for i in range(16 // b):
         masked = split.masked(i)
         hidden = int(masked.mask.sum())
-        assert torch.equal(masked.mask.flatten().nonzero()[:, 0], masked.index[:hidden])
-        assert not masked.index[hidden:].any()
+        assert torch.equal(masked.mask.flatten().nonzero()[:, 0], masked.hidden[:hidden])
+        assert not masked.hidden[hidden:].any()
         assert not masked.weight[hidden:].any()
     # The samples that stochastic depth keeps: as sets of (crop, image of the batch)
     for kind, count in enumerate((2, 3)):
@@ -127,3 +137,117 @@ def test_crops_must_fit_the_patch():
             10,
             CPU,
         )
+
+
+def test_crops_come_in_the_type_asked_for():
+    full, half = (Batch(recipe(), 0, images(), CPU, dtype).crops("local", 0) for dtype in (torch.float32, torch.half))
+    assert torch.equal(full.half(), half)
+
+
+class Uploaded:
+    """Stands in for `PackedCrops`: says which micro-batches are on the device."""
+
+    present: ClassVar[list["Uploaded"]] = []
+
+    def __init__(self, crops, images, plans, device) -> None:
+        assert device.type == "cuda"
+        self.images, self.plans, self.recipe = images, plans, crops
+
+    def upload(self) -> None:
+        if self not in self.present:
+            self.present.append(self)
+
+    def drop(self) -> None:
+        if self in self.present:
+            self.present.remove(self)
+
+    def crops(self, kind, dtype):
+        assert self in self.present
+        return render(self.recipe, kind, self.images, self.plans[kind], dtype)
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+def test_a_gpu_has_the_micro_batch_it_works_on_and_the_next(monkeypatch, micro):
+    monkeypatch.setattr("opsin.data.stream.PackedCrops", Uploaded)
+    monkeypatch.setattr(Batch, "_on_host", lambda _, array: torch.from_numpy(array))  # there is no memory to pin
+    monkeypatch.setattr(Uploaded, "present", [])
+    batch, twin = (Batch(recipe(micro=micro), 5, images(), d, torch.half) for d in (torch.device("cuda"), CPU))
+    visits = [("global", i) for i in range(batch.micro_batches)]  # the teacher's, then the student's
+    visits += [(kind, i) for i in range(batch.micro_batches) for kind in ("global", "local")]
+    for kind, i in visits:
+        assert torch.equal(batch.crops(kind, i), twin.crops(kind, i))
+        assert len(Uploaded.present) == min(2, batch.micro_batches)
+
+
+def test_the_next_batch_is_uploaded_ahead_when_it_is_ready(monkeypatch):
+    monkeypatch.setattr("opsin.data.stream.PackedCrops", Uploaded)
+    monkeypatch.setattr(Batch, "_on_host", lambda _, array: torch.from_numpy(array))  # there is no memory to pin
+    monkeypatch.setattr(Uploaded, "present", [])
+    ready: list[Future[Batch]] = [Future(), Future(), Future()]
+    for step, future in enumerate(ready):
+        future.set_result(Batch(recipe(), step, images(), torch.device("cuda")))
+    assert Stream._next(deque(ready)).step == 0
+    assert len(Uploaded.present) == 2
+    assert Stream._next(deque([ready[0], Future()])).step == 0  # one that is not ready is not waited for
+
+
+def test_an_error_ahead_is_raised_in_its_own_step():
+    ready, failed = Future(), Future()
+    ready.set_result(Batch(recipe(), 0, images(), CPU))
+    failed.set_exception(OpsinError("broken"))
+    waiting = deque([ready, failed])
+    assert Stream._next(waiting) is ready.result()
+    with pytest.raises(OpsinError, match="broken"):
+        Stream._next(waiting)
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+def test_large_photos_are_decoded_at_the_scale_their_crops_allow(tmp_path, micro):
+    noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    for number, factor in enumerate((1, 40, 90, 160)):
+        Image.fromarray(noise).resize((20 * factor, 15 * factor)).save(tmp_path / f"{number}.jpg")
+    given = recipe(size=8, micro=micro)
+    source = scan(tmp_path, progress=False)
+    with ImageReader(source, workers=2) as reader:
+        stream = Stream(given, DataRecipe(workers=1), reader, 4, CPU)
+        batch = next(stream.batches(2, 3))
+        reductions = set()
+        for start in range(0, 8, batch.micro_size):
+            positions = 16 + np.arange(start, start + batch.micro_size)
+            paths = [source.path(index) for index in stream.indices(2)[start : start + batch.micro_size]]
+            chosen = [partial(reduction, given.crops, given.seed, position) for position in positions]
+            decoded, scales = zip(*map(decode_reduced, paths, chosen), strict=True)
+            reductions |= {scale.reduction for scale in scales}
+            sizes = np.array(scales)
+            for kind in ("global", "local"):
+                plan = draw_crops(given.crops, kind, given.seed, positions, sizes[:, :2], sizes[:, 2])
+                twin = render(given.crops, kind, decoded, plan)
+                assert torch.equal(batch.crops(kind, start // batch.micro_size), twin)
+    assert reductions >= {1, 2, 4}
+    asked = [choose(1100, 1400) for choose in stream._reductions(2)]  # a size at which it depends on what is drawn
+    assert asked == [reduction(given.crops, given.seed, position, 1100, 1400) for position in range(16, 24)]
+    assert len(set(asked)) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("micro", [0, 4])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_gpu_batches_are_the_cpus(micro, channels):
+    """Several steps, so that pinned and device memory are used again while copies are under way."""
+
+    class Photos(Reader):
+        def scaled(self):
+            return [(image[:channels], Scale(*image.shape[1:], 1)) for image in images()]
+
+    one = {} if channels == 3 else {"mean": (0.5,), "std": (0.2,)}
+    given = recipe(micro=micro, **one)
+    streams = [
+        Stream(given, DataRecipe(workers=2), Photos(), 40, device).batches(0, 12)
+        for device in (CPU, torch.device("cuda"))
+    ]
+    for cpu, gpu in zip(*streams, strict=True):
+        for i in range(cpu.micro_batches):
+            for kind in ("global", "local"):
+                difference = (cpu.crops(kind, i) - gpu.crops(kind, i).cpu()).abs()
+                assert (difference < 2e-3).float().mean() > 0.999

@@ -183,7 +183,7 @@ def test_the_patch_loss_is_lightlys():
         terms = objective.terms(data, 0, objective.targets(data, torch.tensor(0.05, dtype=torch.float64)))
         rows = []
         for network, mask in ((teacher, None), (student, masked.mask)):
-            patches = network.backbone([crops], [mask])[0].patches.flatten(0, 2)[masked.index[masked.weight > 0]]
+            patches = network.backbone([crops], [mask])[0].patches.flatten(0, 2)[masked.hidden[masked.weight > 0]]
             rows.append(F.normalize(network.ibot_head.mlp(patches), dim=-1) @ network.ibot_head.last_layer.weight().T)
         loss = IBOTPatchLoss(output_dim=30, teacher_temp=0.05, student_temp=0.1).double()
         theirs = loss(rows[0], rows[1], masked.mask.view(64, 6, 6))

@@ -113,7 +113,8 @@ class Replay:
         if captured is None and self.recorder is not None and len(self._captured) < self.limit:
             captured = self._captured[key] = self._capture(self.recorder, inputs)
         if captured is None:
-            return tuple(self.function(*(given.to(self.device, non_blocking=self.recorder is not None) for given in inputs)))
+            wait_not = self.recorder is not None
+            return tuple(self.function(*(given.to(self.device, non_blocking=wait_not) for given in inputs)))
         n = len(inputs[0])
         for static, given in zip(captured.inputs, inputs, strict=True):
             static[:n].copy_(given, non_blocking=True)

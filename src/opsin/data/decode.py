@@ -2,7 +2,9 @@
 
 JPEG goes through torchvision, which is faster than Pillow, lets other threads run meanwhile, and gives bit for bit the
 same pixels. Everything else goes through Pillow. torchvision reads PNG too, but a damaged PNG makes it end the process
-with a segmentation fault (seen with 0.29 on 40 altered bytes), and it gains nothing on PNG and WebP.
+with a segmentation fault (seen with 0.29 on 40 altered bytes), and it gains nothing on PNG and WebP. A JPEG that is
+wanted at a fraction of its size goes through Pillow, which has libjpeg compute that fraction only. The JPEG engine of a
+GPU is left out: 16 threads decode five times what a training step needs, and its pixels would be others.
 
 What is read is the file's content: its name and extension decide nothing.
 """
@@ -10,6 +12,7 @@ What is read is the file's content: its name and extension decide nothing.
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
@@ -82,6 +85,26 @@ class Header(NamedTuple):
     """Pixels from top to bottom of the upright image."""
 
 
+class Scale(NamedTuple):
+    """What decoded pixels are a fraction of."""
+
+    height: int
+    """Pixels from top to bottom of the whole image, upright."""
+    width: int
+    """Pixels from left to right of the whole image, upright."""
+    reduction: int
+    """1, 2, 4 or 8: each side was divided by it and rounded up."""
+
+
+Reduction = Callable[[int, int], int]
+"""Chooses by how much an image of this height and width is reduced: 1, 2, 4 or 8."""
+
+
+def whole(_height: int, _width: int) -> int:
+    """The `Reduction` that reduces nothing."""
+    return 1
+
+
 def shown(path: str | Path) -> str:
     """`path` for a message; bytes of a name that are not UTF-8 appear escaped, so that it can always be printed."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -110,7 +133,7 @@ def header(path: Path | bytes) -> Header:
         raise DecodeError(source, _reason(error)) from error
 
 
-def decode(path: Path | bytes, *, max_pixels: int = 200_000_000, min_side: int | None = None) -> Tensor:
+def decode(path: Path | bytes, *, max_pixels: int = 200_000_000) -> Tensor:
     """The pixels of an image file (or of its bytes): uint8 `[3, H, W]`, RGB, upright. Safe to call from many threads.
 
     Rules:
@@ -134,11 +157,29 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000, min_side: int |
         path: a file, or its content.
         max_pixels: images that declare more are refused before anything is decoded. Pillow's own limit of 179 million
             holds besides for TIFF, WebP and GIF.
-        min_side: a JPEG comes at 1/2, 1/4 or 1/8 of its size (each side rounded up) if that fraction of its shorter
-            side is at least this many pixels. None decodes everything.
 
     Returns:
         A view of interleaved pixels `[H, W, 3]`, the layout in which they were decoded: not contiguous.
+
+    Raises:
+        DecodeError: with the path and the reason.
+    """
+    return decode_reduced(path, whole, max_pixels=max_pixels)[0]
+
+
+def decode_reduced(path: Path | bytes, reduction: Reduction, *, max_pixels: int = 200_000_000) -> tuple[Tensor, Scale]:
+    """As `decode`, but a JPEG comes at the fraction of its size that `reduction` chooses once the size is known.
+
+    Pixels of the fraction average squares of whole pixels, counted from the top left corner of the upright image. Where
+    that is not so because the image is stored turned and its sides are no multiples, a smaller reduction is taken.
+
+    Args:
+        path: see `decode`.
+        reduction: from the upright height and width to 1, 2, 4 or 8; asked for JPEGs only.
+        max_pixels: see `decode`.
+
+    Returns:
+        The pixels, and what they are a fraction of.
 
     Raises:
         DecodeError: with the path and the reason.
@@ -152,11 +193,14 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000, min_side: int |
                 raise ValueError(
                     f"it declares {width}×{height} pixels, more than max_pixels {max_pixels} (a decompression bomb?)"
                 )
+            factor = 1
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 pixels = _pillow(image)  # already upright: Pillow turns TIFF itself, and only TIFF
             else:
                 turn = _orientation(image)
-                if kind == "jpeg" and not _reduced(image, min_side):
+                if kind == "jpeg":
+                    factor = _reduce(image, turn, reduction(height, width))
+                if kind == "jpeg" and factor == 1:
                     file.seek(0)
                     encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
                     pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
@@ -167,7 +211,7 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000, min_side: int |
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise DecodeError(source, _reason(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1), Scale(height, width, factor)
 
 
 def _file(path: Path | bytes) -> BinaryIO:
@@ -224,12 +268,14 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
-def _reduced(image: ImageFile.ImageFile, min_side: int | None) -> bool:
-    """Make Pillow decode this JPEG at a fraction of its size, if `min_side` allows one."""
-    full = image.size
-    if min_side is not None:
-        image.draft(None, (min_side, min_side))
-    return image.size != full
+def _reduce(image: ImageFile.ImageFile, orientation: int, factor: int) -> int:
+    """Make Pillow decode this JPEG at 1/factor of its size, or at the fraction that is returned instead."""
+    width, height = image.size
+    while orientation != 1 and (width % factor or height % factor):
+        factor //= 2
+    if factor > 1:
+        image.draft(None, (width // factor, height // factor))
+    return factor
 
 
 def _pillow(image: ImageFile.ImageFile) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor
 
-from opsin.data.decode import DecodeError, decode, shown, why
+from opsin.data.decode import DecodeError, Reduction, Scale, decode_reduced, shown, whole, why
 from opsin.data.sources import Source
 from opsin.errors import OpsinError
 
@@ -27,7 +27,7 @@ TOLERATED = 10
 class PendingImages:
     """Images that are being decoded."""
 
-    def __init__(self, images: list[Future[Tensor]]) -> None:
+    def __init__(self, images: list[Future[tuple[Tensor, Scale]]]) -> None:
         self._images = images
 
     def done(self) -> bool:
@@ -36,6 +36,10 @@ class PendingImages:
 
     def result(self) -> list[Tensor]:
         """Wait for the images, in the order in which they were asked for; raises what their decoding raised."""
+        return [image for image, _ in self.scaled()]
+
+    def scaled(self) -> list[tuple[Tensor, Scale]]:
+        """As `result`, each image with what it is a fraction of."""
         try:
             return [image.result() for image in self._images]
         except BaseException:
@@ -59,7 +63,6 @@ class ImageReader:
         max_bad_fraction: float = 0.01,
         log: Path | None = None,
         max_pixels: int = 200_000_000,
-        min_side: int | None = None,
     ) -> None:
         """Start `workers` threads.
 
@@ -69,7 +72,6 @@ class ImageReader:
             max_bad_fraction: the largest tolerated share of bad files among those tried.
             log: file to which a JSON line with index, path and reason is appended for each bad file.
             max_pixels: see `decode`.
-            min_side: see `decode`; ask for it only if every crop window keeps at least twice its output's size.
         """
         self.source = source
         self.max_bad_fraction = max_bad_fraction
@@ -77,14 +79,17 @@ class ImageReader:
         """Index and reason of the bad files met so far."""
         self._log = log
         self._max_pixels = max_pixels
-        self._min_side = min_side
         self._good = bytearray(len(source))
         self._good_count = 0
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def read(self, index: int) -> Tensor:
-        """The image at `index`, or the one that replaces it.
+        """The image at `index`, or the one that replaces it; raises what `read_reduced` does."""
+        return self.read_reduced(index, whole)[0]
+
+    def read_reduced(self, index: int, reduction: Reduction) -> tuple[Tensor, Scale]:
+        """The image at `index`, or the one that replaces it, at the fraction of its size that `reduction` chooses.
 
         Raises:
             OpsinError: more than `max_bad_fraction` of the files tried, and at least 10, are bad; or none of the 100
@@ -98,7 +103,7 @@ class ImageReader:
             if candidate in self.bad:
                 continue
             try:
-                image = decode(self.source.path(candidate), max_pixels=self._max_pixels, min_side=self._min_side)
+                image = decode_reduced(self.source.path(candidate), reduction, max_pixels=self._max_pixels)
             except DecodeError as error:
                 self._count_bad(candidate, error.reason)
             else:
@@ -110,9 +115,11 @@ class ImageReader:
         """The images at `indices`, in that order, decoded in parallel."""
         return self.submit(indices).result()
 
-    def submit(self, indices: Sequence[int]) -> PendingImages:
-        """Start decoding the images at `indices` and return at once."""
-        return PendingImages([self._pool.submit(self.read, index) for index in indices])
+    def submit(self, indices: Sequence[int], reductions: Sequence[Reduction] | None = None) -> PendingImages:
+        """Start decoding the images at `indices`, each at the fraction its reduction chooses, and return at once."""
+        chosen = [whole] * len(indices) if reductions is None else reductions
+        pairs = zip(indices, chosen, strict=True)
+        return PendingImages([self._pool.submit(self.read_reduced, index, reduction) for index, reduction in pairs])
 
     def close(self) -> None:
         """Drop what has not begun and wait for the rest."""

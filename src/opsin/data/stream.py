@@ -2,22 +2,28 @@
 
 `Stream` decodes ahead in threads and yields one `Batch` per step. A batch keeps decoded 8-bit images; crops are
 computed micro-batch by micro-batch on the device that trains, and are recomputed rather than stored when the teacher
-and the student each visit all micro-batches. Masks and the samples that stochastic depth keeps are drawn per *group*
-of images, so they depend neither on the number of ranks nor on the split into micro-batches.
+and the student each visit all micro-batches. For a CUDA device the images are packed into pinned memory ahead too, and
+uploaded while the GPU computes. Masks and the samples that stochastic depth keeps are drawn per *group* of images, so
+they depend neither on the number of ranks nor on the split into micro-batches.
 """
 
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from opsin.data.crops import CropRecipe, Kind, draw_crops, render
+from opsin.data.crops import KINDS, CropPlan, CropRecipe, Kind, draw_crops, reduction, render
+from opsin.data.decode import Reduction, Scale
 from opsin.data.masks import MaskRecipe, draw_masks, masked_bound
+from opsin.data.packed import PackedCrops, can_pack
 from opsin.data.reader import ImageReader, PendingImages
 from opsin.data.rng import Integers, permutation, shuffled_index
 from opsin.data.rng import Stream as RandomStream
@@ -98,13 +104,12 @@ class StreamRecipe:
     """Share of a group's samples that each branch of each block leaves out."""
 
 
-@dataclass(frozen=True)
-class Masked:
+class Masked(NamedTuple):
     """The masks of one micro-batch, on the device."""
 
     mask: Tensor
     """`[2b, N]`, True where the student sees the mask token."""
-    index: Tensor
+    hidden: Tensor
     """`[M]`: the hidden patches, as rows of the flattened `[2b·N]` patches; M is the most that masks can hide, the same
     in every step, and what is over points to row 0."""
     weight: Tensor
@@ -115,66 +120,119 @@ class Masked:
 class Batch:
     """One step's images and everything drawn for them; b is the number of images in a micro-batch."""
 
-    def __init__(self, recipe: StreamRecipe, step: int, images: list[Tensor], device: torch.device) -> None:
-        self.recipe, self.step, self.images, self.device = recipe, step, images, device
+    def __init__(
+        self,
+        recipe: StreamRecipe,
+        step: int,
+        images: Sequence[Tensor],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        scales: Sequence[Scale] | None = None,
+    ) -> None:
+        """Draw everything, and for a CUDA device copy images and plans into pinned memory.
+
+        Args:
+            recipe: what is drawn.
+            step: the training step.
+            images: `[C, H, W]` in host memory, those of the whole step. For a CUDA device best 8-bit RGB: other images
+                are cropped by plain torch operations there.
+            device: where the crops are computed.
+            dtype: of the crops.
+            scales: what each image is a fraction of; None if all are whole.
+        """
+        self.recipe, self.step, self.device, self.dtype = recipe, step, device, dtype
         self.micro_batches = recipe.batch.micro_batches
-        self.micro_size = recipe.batch.size // self.micro_batches
+        self.micro_size = b = recipe.batch.size // self.micro_batches
         self._kept_crops: dict[Kind, Tensor] = {}
+        self._images = [images[start : start + b] for start in range(0, len(images), b)]
+        sizes = np.array([tuple(scale) for scale in scales] if scales else [(*image.shape[-2:], 1) for image in images])
+        self._plans = [self._draw_crops(start, sizes[start : start + b]) for start in range(0, len(images), b)]
+        self._masks = [self._draw_masks(micro) for micro in range(self.micro_batches)]
+        self._kept = [self._draw_kept(micro) for micro in range(self.micro_batches)]
+        self._packed: list[PackedCrops] = []
+        if device.type == "cuda" and can_pack(images):
+            parts = zip(self._images, self._plans, strict=True)
+            self._packed = [PackedCrops(recipe.crops, part, plans, device) for part, plans in parts]
+            self._images = []
+
+    def _draw_crops(self, first: int, sizes: Integers) -> dict[Kind, CropPlan]:
+        """Of the images from `first` on, whose height, width and reduction are `sizes` `[b, 3]`."""
+        crops, seed = self.recipe.crops, self.recipe.seed
+        positions = self.step * self.recipe.batch.size + first + np.arange(len(sizes))
+        return {kind: draw_crops(crops, kind, seed, positions, sizes[:, :2], sizes[:, 2]) for kind in KINDS}
 
     def crops(self, kind: Kind, micro: int) -> Tensor:
         """Crops of a micro-batch `[count·b, C, S, S]`, crop by crop: row c·b + i is crop c of image i."""
         if kind in self._kept_crops:
             return self._kept_crops[kind]
-        part = slice(micro * self.micro_size, (micro + 1) * self.micro_size)
-        images = [image.to(self.device, non_blocking=True) for image in self.images[part]]
-        sizes = np.array([image.shape[-2:] for image in images])
-        positions = self.step * self.recipe.batch.size + np.arange(part.start, part.stop)
-        plan = draw_crops(self.recipe.crops, kind, self.recipe.seed, positions, sizes)
-        crops = render(self.recipe.crops, kind, images, plan)
+        if self._packed:
+            self.upload(micro)
+            crops = self._packed[micro].crops(kind, self.dtype)
+        else:
+            images = [image.to(self.device, non_blocking=True) for image in self._images[micro]]
+            crops = render(self.recipe.crops, kind, images, self._plans[micro][kind], self.dtype)
         if self.micro_batches == 1:  # the student sees what the teacher saw: render once
             self._kept_crops[kind] = crops
+            if len(self._kept_crops) == 2:  # nothing is left to render
+                self._images, self._packed = [], []
         return crops
+
+    def upload(self, micro: int) -> None:
+        """Begin to copy a micro-batch and the one visited next to a CUDA device; the others give their memory back."""
+        for number, part in enumerate(self._packed):
+            if number in (micro, (micro + 1) % self.micro_batches):
+                part.upload()
+            else:
+                part.drop()
 
     def masked(self, micro: int) -> Masked:
         """Masks of a micro-batch's global crops."""
+        return Masked(*(self._on_device(part) for part in self._masks[micro]))
+
+    def kept(self, micro: int) -> list[Tensor] | None:
+        """For the global and the local crops the samples that each branch of each block computes `[depth, 2, K]`."""
+        return [self._on_device(part) for part in self._kept[micro]] if self.recipe.drop_path else None
+
+    def _on_host(self, array: NDArray[Any]) -> Tensor:
+        """In memory from which a GPU copies while the CPU goes on: from any other, the copy would wait for the GPU."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _draw_masks(self, micro: int) -> Masked:
         recipe, size = self.recipe, self.recipe.batch.group
         side = recipe.crops.global_size // recipe.patch
         drawn = draw_masks(recipe.masks, recipe.seed, self.step, self._groups(micro), 2 * size, (side, side))
         groups = len(drawn)
         # [groups, 2·size, N] to crop by crop: the first global crops of all groups, then the second.
         mask = drawn.reshape(groups, 2, size, -1).transpose(1, 0, 2, 3).reshape(2 * groups * size, -1)
-        found, hidden = np.flatnonzero(mask), np.maximum(mask.sum(1), 1)
+        found, count = np.flatnonzero(mask), np.maximum(mask.sum(1), 1)
         bound = groups * masked_bound(recipe.masks, 2 * size, (side, side))
-        index, weight = np.zeros(bound, dtype=np.int64), np.zeros(bound)
-        index[: len(found)] = found
-        weight[: len(found)] = 1.0 / (hidden[found // mask.shape[1]] * 2 * recipe.batch.size)
-        return Masked(*(torch.from_numpy(a).to(self.device, non_blocking=True) for a in (mask, index, weight)))
+        hidden, weight = np.zeros(bound, dtype=np.int64), np.zeros(bound)
+        hidden[: len(found)] = found
+        weight[: len(found)] = 1.0 / (count[found // mask.shape[1]] * 2 * recipe.batch.size)
+        return Masked(*(self._on_host(array) for array in (mask, hidden, weight)))
 
-    def kept(self, micro: int) -> list[Tensor] | None:
-        """For the global and the local crops the samples that each branch of each block computes `[depth, 2, K]`."""
-        recipe = self.recipe
-        if recipe.drop_path == 0:
-            return None
-        counts = [2, recipe.crops.local_count] if recipe.crops.local_count else [2]
-        kept, first_draw = [], 0
-        for count in counts:
-            samples = count * recipe.batch.group
-            kept.append(torch.from_numpy(self._draw_kept(micro, samples, first_draw)).to(self.device))
-            first_draw += 2 * recipe.depth * samples
-        return kept
-
-    def _draw_kept(self, micro: int, samples: int, first_draw: int) -> Integers:
+    def _draw_kept(self, micro: int) -> list[Tensor]:
         recipe, size = self.recipe, self.recipe.batch.group
         groups = self._groups(micro)
         where = self.step * 2**24 + groups
-        keep = max(1, int(samples * (1 - recipe.drop_path)))
-        layers = []
-        for branch in range(2 * recipe.depth):
-            offset = first_draw + branch * samples
-            chosen = permutation(recipe.seed, RandomStream.STOCHASTIC_DEPTH, where, samples, offset=offset)[:, :keep]
-            crop, image = chosen // size, chosen % size
-            layers.append((crop * self.micro_size + np.arange(len(groups))[:, None] * size + image).reshape(-1))
-        return np.sort(np.stack(layers), axis=-1).reshape(recipe.depth, 2, -1)
+        kept, offset = [], 0
+        for crops in (2, recipe.crops.local_count) if recipe.drop_path else ():
+            if crops == 0:
+                continue
+            samples = crops * size
+            keep = max(1, int(samples * (1 - recipe.drop_path)))
+            layers = []
+            for _ in range(2 * recipe.depth):
+                order = permutation(recipe.seed, RandomStream.STOCHASTIC_DEPTH, where, samples, offset=offset)
+                crop, image = np.divmod(order[:, :keep], size)
+                layers.append((crop * self.micro_size + np.arange(len(groups))[:, None] * size + image).reshape(-1))
+                offset += samples
+            kept.append(self._on_host(np.sort(np.stack(layers), axis=-1).reshape(recipe.depth, 2, -1)))
+        return kept
 
     def _groups(self, micro: int) -> Integers:
         per_micro = self.micro_size // self.recipe.batch.group
@@ -185,14 +243,31 @@ class Stream:
     """Batches of a source in a keyed order: every epoch visits every image once, in an order of its own."""
 
     def __init__(
-        self, recipe: StreamRecipe, data: DataRecipe, reader: ImageReader, images: int, device: torch.device
+        self,
+        recipe: StreamRecipe,
+        data: DataRecipe,
+        reader: ImageReader,
+        images: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """Check that the crops fit the patch.
+
+        Args:
+            recipe: what the batches contain.
+            data: how images are read.
+            reader: of the source.
+            images: number of images in the source.
+            device: where crops, masks and kept samples are wanted.
+            dtype: of the crops.
+        """
         side, patch = recipe.crops.global_size, recipe.patch
         for name, size in (("global_size", side), ("local_size", recipe.crops.local_size)):
             if size % patch:
                 nearest = max(1, size // patch) * patch
                 raise OpsinError(f"crops.{name} {size} is not a multiple of backbone.patch {patch}: try {nearest}.")
-        self.recipe, self.data, self.reader, self.images, self.device = recipe, data, reader, images, device
+        self.recipe, self.data, self.reader, self.images = recipe, data, reader, images
+        self.device, self.dtype = device, dtype
 
     def indices(self, step: int) -> Integers:
         """The images of a step, as indices into the source."""
@@ -201,24 +276,41 @@ class Stream:
         return shuffled_index(self.recipe.seed, position // self.images, position % self.images, self.images)
 
     def batches(self, first: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of steps `first` to `stop - 1`, decoded ahead; on a CPU also rendered ahead."""
+        """The batches of steps `first` to `stop - 1`, decoded ahead.
+
+        Crops for a CPU are rendered ahead too. Images for a CUDA device are packed ahead, and a batch that is ready
+        when the one before it is asked for is uploaded while that one is trained on: not more, to bound the memory.
+        """
         waiting: deque[Future[Batch]] = deque()
         torch.get_num_threads()  # fixes this thread's number: torch starts a thread with the number set last anywhere
         # Each renderer computes on one core: its many small operations gain nothing from two, and hold up the training.
         renderer = ThreadPoolExecutor(self.data.threads(), "render", torch.set_num_threads, (1,))
         try:
             for step in range(first, stop):
-                images = self.reader.submit(self.indices(step).tolist())
+                images = self.reader.submit(self.indices(step).tolist(), self._reductions(step))
                 waiting.append(renderer.submit(self._batch, step, images))
                 if len(waiting) > self.data.ahead:
-                    yield waiting.popleft().result()
+                    yield self._next(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield self._next(waiting)
         finally:
             renderer.shutdown(cancel_futures=True)
 
+    @staticmethod
+    def _next(waiting: deque[Future[Batch]]) -> Batch:
+        batch = waiting.popleft().result()
+        batch.upload(0)
+        if waiting and waiting[0].done() and not waiting[0].exception():
+            waiting[0].result().upload(0)
+        return batch
+
+    def _reductions(self, step: int) -> list[Reduction]:
+        first, size = step * self.recipe.batch.size, self.recipe.batch.size
+        return [partial(reduction, self.recipe.crops, self.recipe.seed, first + image) for image in range(size)]
+
     def _batch(self, step: int, images: PendingImages) -> Batch:
-        batch = Batch(self.recipe, step, images.result(), self.device)
+        decoded, scales = zip(*images.scaled(), strict=True)
+        batch = Batch(self.recipe, step, decoded, self.device, self.dtype, scales)
         if self.device.type == "cpu" and batch.micro_batches == 1:
             batch.crops("global", 0)
             if self.recipe.crops.local_count:

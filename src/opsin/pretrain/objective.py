@@ -102,14 +102,14 @@ class Objective:
         }
 
     @torch.no_grad()
-    def look(self, crops: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, crops: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's bottleneck features of the class tokens `[b, 2, d]` and of the hidden patches `[M, 1, d]`.
 
-        Of the global crops `[2b, C, S, S]`, unmasked and without stochastic depth; `index` `[M]` as in `Masked`.
+        Of the global crops `[2b, C, S, S]`, unmasked and without stochastic depth; `hidden` `[M]` as in `Masked`.
         """
         features = self.teacher.backbone([crops])[0]
         image = self.teacher.dino_head(features.cls.unflatten(0, (2, -1)).transpose(0, 1))
-        patch = self.teacher.patch_head(features.patches.flatten(0, 2).index_select(0, index))
+        patch = self.teacher.patch_head(features.patches.flatten(0, 2).index_select(0, hidden))
         return image, patch[:, None]
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class Objective:
         views = []
         for micro in range(batch.micro_batches):
             crops, masked = batch.crops("global", micro).to(self.dtype), batch.masked(micro)
-            views.append((*(t.clone() for t in look(crops, masked.index)), masked.weight))
+            views.append((*(t.clone() for t in look(crops, masked.hidden)), masked.weight))
         image, patch, weight = (torch.cat(parts) for parts in zip(*views, strict=True))
         prototypes, bias, patch_prototypes, patch_bias = balance(image, patch, weight, temperature)
         return StepTargets(
@@ -183,7 +183,7 @@ class Objective:
         # [views, b, D] to [b, views, D]: two global views, then the local ones
         tokens = torch.cat([f.cls.unflatten(0, (-1, b)) for f in features]).transpose(0, 1)
         z_image = self.student.dino_head(tokens)
-        z_patch = self.student.patch_head(features[0].patches.flatten(0, 2).index_select(0, masked.index))[:, None]
+        z_patch = self.student.patch_head(features[0].patches.flatten(0, 2).index_select(0, masked.hidden))[:, None]
         _, per_view = image_loss = self.student.dino_head.last_layer(
             z_image,
             image,
@@ -210,7 +210,7 @@ class Objective:
         masked = batch.masked(micro)
         return (
             targets.image.rows(*targets.rows(micro, batch.micro_size)),
-            targets.patch.rows(*targets.rows(micro, len(masked.index))),
+            targets.patch.rows(*targets.rows(micro, len(masked.hidden))),
             [batch.crops(kind, micro).to(self.dtype) for kind in kinds],
             masked,
             batch.kept(micro),

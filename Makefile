@@ -25,9 +25,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/step.py
+	mkdir -p runs/benchmarks
+	$(BIN)/opsin bench step --out runs/benchmarks/bench-step.json
+	$(BIN)/opsin bench input --out runs/benchmarks/bench-input.json
+	$(BIN)/opsin bench features --out runs/benchmarks/bench-features.json
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/growth.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,43 +8,24 @@ three rounds.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision.transforms as T
-from common import finish
-from PIL import Image, ImageFilter
+from common import device, finish
+from PIL import Image
 
-from opsin.data.crops import CropRecipe
-from opsin.data.masks import MaskRecipe
+from opsin.bench.input import make_photos, stream_rate
+from opsin.bench.timing import cores, rate
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
-from opsin.data.stream import BatchRecipe, DataRecipe, Stream, StreamRecipe
+from opsin.data.stream import DataRecipe
 
 BATCH = 16
-
-
-def make_photos(folder: Path, count: int) -> None:
-    """JPEGs of 500×375 with the statistics of photos: blurred noise at several scales."""
-    random = np.random.default_rng(0)
-    for number in range(count):
-        scales = [
-            np.asarray(
-                Image.fromarray(random.integers(0, 256, (375 // s + 1, 500 // s + 1, 3), dtype=np.uint8))
-                .resize((500, 375), Image.Resampling.BICUBIC)
-                .filter(ImageFilter.GaussianBlur(1)),
-                dtype=np.float64,
-            )
-            for s in (4, 16, 64)
-        ]
-        Image.fromarray(np.mean(scales, axis=0).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
 
 
 class Peer(torch.utils.data.Dataset[list[torch.Tensor]]):
@@ -84,40 +65,18 @@ class Peer(torch.utils.data.Dataset[list[torch.Tensor]]):
 def peer_rate(folder: Path, duration: float) -> float:
     """Images per second of the peer, its workers warm."""
     paths = sorted(folder.glob("*.jpg"))
-    loader = torch.utils.data.DataLoader(Peer(paths), BATCH, num_workers=os.cpu_count() or 1)
+    loader = torch.utils.data.DataLoader(Peer(paths), BATCH, num_workers=cores())
     batches = iter(loader)
     for _ in range(4):
         next(batches)
-    return _rate(lambda: next(batches), duration)
+    return rate(lambda: next(batches), BATCH, torch.device("cpu"), duration).median
 
 
 def our_rate(folder: Path, duration: float) -> float:
     """Images per second of `Stream`, decoding in threads and computing the crops here."""
-    source = scan(folder, progress=False)
-    recipe = StreamRecipe(0, BatchRecipe(BATCH, 0, BATCH), CropRecipe(), MaskRecipe(), 14, 12, 0.3)
-    data = DataRecipe()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with ImageReader(source, workers=data.threads()) as reader:
-        batches = Stream(recipe, data, reader, len(source), device).batches(0, 1_000_000)
-
-        def step() -> None:
-            batch = next(batches)
-            batch.crops("global", 0)
-            batch.crops("local", 0)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        for _ in range(2):
-            step()
-        return _rate(step, duration)
-
-
-def _rate(step: Callable[[], object], duration: float) -> float:
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < duration:
-        step()
-        done += BATCH
-    return done / (time.perf_counter() - start)
+    recipe = DataRecipe()
+    with ImageReader(scan(folder, progress=False), workers=recipe.threads()) as reader:
+        return stream_rate(reader, recipe, BATCH, duration, device()).median
 
 
 def main() -> None:
@@ -127,20 +86,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of six rounds")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name) / "photos"
         make_photos(folder, a.images)
         ours, theirs = [], []
         for _ in range(3):
             theirs.append(peer_rate(folder, a.seconds))
             ours.append(our_rate(folder, a.seconds))
-    cores = os.cpu_count() or 1
     finish(
         "input",
         {
             "opsin_images_per_second": ours,
             "torchvision_images_per_second": theirs,
-            "opsin_per_core": statistics.median(ours) / cores,
-            "torchvision_per_core": statistics.median(theirs) / cores,
+            "opsin_per_core": statistics.median(ours) / cores(),
+            "torchvision_per_core": statistics.median(theirs) / cores(),
             "ratio": statistics.median([o / t for o, t in zip(ours, theirs, strict=True)]),
         },
     )

@@ -7,14 +7,16 @@ Every variant runs in a process of its own, so that its peak memory is its own.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import finish, seconds
+from common import device, finish
 
+from opsin.bench.timing import PeakMemory, spread, synchronise, timed
 from opsin.pretrain.prototypes import Prototypes
 
 TEMPERATURE = 0.05
@@ -35,36 +37,36 @@ def textbook(z_teacher: torch.Tensor, z_student: torch.Tensor, teacher: Prototyp
 
 def fused(z_teacher: torch.Tensor, z_student: torch.Tensor, teacher: Prototypes, student: Prototypes) -> None:
     """The same through `Prototypes`."""
-    targets = teacher.balance(z_teacher, torch.tensor(TEMPERATURE, device=z_teacher.device), 3, z_teacher.dtype)
+    counted = z_teacher.new_ones(len(z_teacher), dtype=torch.bool)
+    targets = teacher.balance(
+        z_teacher, counted, torch.tensor(TEMPERATURE, device=z_teacher.device), 3, z_teacher.dtype
+    )
     weights = z_student.new_full((len(z_student),), 1 / len(z_student))
     student(z_student, targets, z_student.new_ones(1, 1), weights, 0.1)[0].backward()
 
 
-def measure(variant: str, rows: int, prototypes: int, repeats: int) -> dict[str, float]:
-    """Time and peak memory beyond the inputs of one variant, and a digest of its gradient."""
+def measure(variant: str, rows: int, prototypes: int, repeats: int) -> dict[str, Any]:
+    """Time, peak memory beyond the inputs of one variant, and a digest of its gradient."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher, student = (Prototypes(prototypes, 256).to(device) for _ in range(2))
-    z_teacher = F.normalize(torch.randn(rows, 1, 256, device=device), dim=-1)
-    z_student = F.normalize(torch.randn(rows, 1, 256, device=device), dim=-1).requires_grad_()
+    on = device()
+    teacher, student = (Prototypes(prototypes, 256).to(on) for _ in range(2))
+    z_teacher = F.normalize(torch.randn(rows, 1, 256, device=on), dim=-1)
+    z_student = F.normalize(torch.randn(rows, 1, 256, device=on), dim=-1).requires_grad_()
     call = {"textbook": textbook, "fused": fused}[variant]
 
     def step() -> None:
         z_student.grad = None
         call(z_teacher, z_student, teacher, student)
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    inputs = torch.cuda.memory_allocated() if on.type == "cuda" else 0
+    memory = PeakMemory(on)
+    memory.reset()
+    step()
+    synchronise(on)
+    peak = memory.read() - inputs
     assert z_student.grad is not None
     return {
-        "seconds": seconds(step, repeats),
+        "seconds": asdict(spread(timed(step, on, repeats))),
         "peak_mib": peak / 2**20,
         "gradient_norm": z_student.grad.norm().item(),
     }
@@ -93,7 +95,7 @@ def main() -> None:
             "rows": a.rows,
             "prototypes": a.prototypes,
             **results,
-            "time_ratio": book["seconds"] / ours["seconds"],
+            "time_ratio": book["seconds"]["median"] / ours["seconds"]["median"],
             "memory_ratio": book["peak_mib"] / ours["peak_mib"],
             "gradient_norm_difference": abs(ours["gradient_norm"] / book["gradient_norm"] - 1),
         },

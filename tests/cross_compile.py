@@ -1,4 +1,4 @@
-"""Compile Triton kernels for NVIDIA GPUs on a machine that has none: what the interpreter accepts may still not compile.
+"""Compile Triton kernels for NVIDIA GPUs on a machine without one: what the interpreter takes may still not compile.
 
 `compiles([("opsin.data.kernels", "resize", {"x": "*u8", "n": "i32", "BLOCK": 64}), …])` runs in a process of its own,
 because the interpreter, which the other tests use, replaces the kernels when their module is imported. Types are
@@ -20,7 +20,7 @@ Job = tuple[str, str, dict[str, Any]]
 
 
 def compiles(jobs: Sequence[Job]) -> None:
-    """Compile every (module, kernel, arguments) to machine code for A100 and H100; fails with the compiler's message."""
+    """Compile every (module, kernel, arguments) for A100 and H100; fails with the compiler's message."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__, json.dumps(jobs)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,7 +28,7 @@ def compiles(jobs: Sequence[Job]) -> None:
 
 
 def main() -> None:
-    """Compile the jobs in argv[1] and print a line for each: kernel, capability, bytes of shared memory."""
+    """Compile the jobs in argv[1] and write a line for each: kernel, capability, bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,7 +42,7 @@ def main() -> None:
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
             assert compiled.asm["cubin"]
             assert compiled.metadata.shared <= 160 * 1024, f"{name} wants {compiled.metadata.shared} bytes"
-            print(name, capability, compiled.metadata.shared)
+            sys.stdout.write(f"{name} {capability} {compiled.metadata.shared}\n")
 
 
 if __name__ == "__main__":

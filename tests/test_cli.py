@@ -163,7 +163,10 @@ def test_the_installed_command_and_its_status():
         ("pretrian", "unknown command 'pretrian': did you mean 'pretrain'?"),
         ("evaluate", "opsin evaluate needs a task: opsin evaluate knn."),
         ("evaluate kn --data x", "unknown command 'evaluate kn': did you mean 'evaluate knn'?"),
-        ("xyz", "unknown command 'xyz': known: evaluate knn, features, pretrain, quickstart, recipes."),
+        (
+            "xyz",
+            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, pretrain, quickstart, recipes.",
+        ),
         ("recipes --all", "unknown option '--all': known: --help."),
         ("features --dat x", "unknown option '--dat': did you mean '--data'?"),
         ("features --data x", "opsin features needs --out and --weights: see opsin features --help."),

@@ -12,12 +12,13 @@ import opsin
 ROOT = Path(opsin.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 
-SHARED = {"constants", "errors", "pixels"}
+SHARED = {"constants", "errors", "memory", "pixels"}
 """Modules that import nothing of the package, or one another."""
 MAY_IMPORT = {
     "backbone": SHARED,
     "data": SHARED,
     **{job: {"backbone", "data"} | SHARED for job in ("curate", "pretrain", "distill", "evaluate", "export", "report")},
+    "bench": {"pretrain", "evaluate", "backbone", "data"} | SHARED,
     **dict.fromkeys(SHARED, SHARED),
 }
 """What a folder or module may import beside itself; cli, story, quickstart and the root bring everything together."""

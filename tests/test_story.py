@@ -17,8 +17,8 @@ from opsin.data.crops import CropRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.loop import pretrain
-from opsin.pretrain.step import build
 from opsin.pretrain.recipe import Recipe, cpu
+from opsin.pretrain.step import build
 
 CPU = torch.device("cpu")
 COUNT = 14

@@ -1,14 +1,15 @@
 """The `opsin` command: every sub-command is a typed function, its docstring the help."""
 
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 
 import opsin
 from opsin.errors import OpsinError, unknown
+from opsin.memory import keep_freed_memory
 from opsin.pretrain.recipe import PRESETS, Recipe, preset
 
 Data = Annotated[Path, tyro.conf.arg(metavar="SRC")]
@@ -70,6 +72,7 @@ def features(
     patches: bool = False,
     size: int = 224,
     batch_size: int = 64,
+    precision: str | None = None,
     workers: int = os.cpu_count() or 1,
     device: str | None = None,
 ) -> int:
@@ -83,13 +86,18 @@ def features(
         patches: also write the patch features.
         size: shorter side in pixels; both sides are rounded to the patch grid, the aspect is kept.
         batch_size: images per forward.
-        workers: decoding threads.
+        precision: fp32, bf16 or fp16 (on GPUs only), of weights and activations; by default bf16 on cuda and fp32
+            elsewhere. Half precision is faster and changes features slightly: they are written in fp32 in any case.
+        workers: threads that decode and prepare images.
         device: cuda, mps or cpu; by default the first of these that is there.
     """
+    from opsin.backbone.features import FeatureExtractor
     from opsin.data.sources import scan
     from opsin.evaluate.extract import write_features
 
     extractor = _load(model, weights, device)
+    precision = precision or ("bf16" if extractor.device.type == "cuda" else "fp32")
+    extractor = FeatureExtractor(extractor.backbone, extractor.report, precision)
     source = scan(data)
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -141,12 +149,9 @@ def evaluate_knn(
         seed: of that split.
         device: cuda, mps or cpu; by default the first of these that is there.
     """
-    import json
-
     from opsin.evaluate.knn import knn
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
+    _check_file(out)
     extractor = _load(model, weights, device)
     result = knn(
         extractor.backbone,
@@ -165,11 +170,104 @@ def evaluate_knn(
     for number, accuracy in result["accuracy"].items():
         table.add_row(number, f"{accuracy:.3f}")
     Console().print(table)
-    if out is not None:
-        try:
-            out.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None
+    _write_json(out, result)
+    return 0
+
+
+def bench_step(
+    backbone: str = "dinov2_vits14",
+    batch: int = 8,
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16",
+    prototypes: int = 65536,
+    global_size: int = 224,
+    steps: int = 10,
+    device: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Time a training step on synthetic images: speed, where the time goes, use of the device, memory.
+
+    Two global and eight local crops, stochastic depth 0.3, a DINO and an iBOT head, Sinkhorn–Knopp, AdamW.
+
+    Args:
+        backbone: name of the architecture.
+        batch: images of a step.
+        precision: of the matrix products.
+        prototypes: of each of the two heads.
+        global_size: side of a global crop in pixels, a multiple of the patch; local ones have 98, or what is nearest.
+        steps: that are measured; as many again are measured part by part.
+        device: cuda, mps or cpu; by default the first of these that is there.
+        out: also write the results to this JSON file.
+    """
+    from opsin.bench.step import time_step
+    from opsin.bench.table import step_table
+    from opsin.pretrain.loop import pick_device
+
+    _check_file(out)
+    result = time_step(backbone, batch, precision, prototypes, global_size, steps, pick_device(device))
+    Console().print(step_table(result))
+    _write_json(out, asdict(result))
+    return 0
+
+
+def bench_input(
+    data: Path | None = None,
+    workers: int = 0,
+    batch: int = 64,
+    seconds: float = 10.0,
+    device: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Time the input pipeline: decoding alone, crops alone, and both as a training reads them.
+
+    Args:
+        data: a folder of images of any depth, or a text file that lists images; without it, synthetic JPEGs.
+        workers: decoding threads; 0 takes one per core.
+        batch: images of a batch.
+        seconds: to spend on each of the three.
+        device: cuda, mps or cpu, where crops are rendered; by default the first of these that is there.
+        out: also write the results to this JSON file.
+    """
+    from opsin.bench.input import time_input
+    from opsin.bench.table import input_table
+    from opsin.pretrain.loop import pick_device
+
+    _check_file(out)
+    result = time_input(data, workers, batch, seconds, pick_device(device))
+    Console().print(input_table(result))
+    _write_json(out, asdict(result))
+    return 0
+
+
+def bench_features(
+    backbone: str = "dinov2_vits14",
+    batch: int = 64,
+    size: int = 224,
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    images: int = 512,
+    workers: int = os.cpu_count() or 1,
+    device: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Time feature extraction: the model alone, and from JPEG files to a Parquet file.
+
+    Args:
+        backbone: name of the architecture.
+        batch: images of a forward.
+        size: shorter side of an image in pixels, a multiple of the patch.
+        precision: of weights and activations.
+        images: synthetic JPEG files.
+        workers: decoding threads.
+        device: cuda, mps or cpu; by default the first of these that is there.
+        out: also write the results to this JSON file.
+    """
+    from opsin.bench.features import time_features
+    from opsin.bench.table import features_table
+    from opsin.pretrain.loop import pick_device
+
+    _check_file(out)
+    result = time_features(backbone, batch, size, precision, images, workers, pick_device(device))
+    Console().print(features_table(result))
+    _write_json(out, asdict(result))
     return 0
 
 
@@ -199,6 +297,7 @@ def quickstart(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit status: 0, 2 after a mistake of the user's, 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()
     try:
         status = _run(arguments)
     except OpsinError as error:
@@ -221,6 +320,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "pretrain": pretrain(PRESETS["cpu"]()),
     "features": features,
     "evaluate knn": evaluate_knn,
+    "bench step": bench_step,
+    "bench input": bench_input,
+    "bench features": bench_features,
     "quickstart": quickstart,
     "recipes": recipes,
 }
@@ -293,6 +395,21 @@ def _dotted(tree: Any, prefix: str = "") -> list[str]:
         value, name = getattr(tree, f.name), prefix + f.name.replace("_", "-")
         names += _dotted(value, name + ".") if is_dataclass(value) else [name]
     return names
+
+
+def _check_file(out: Path | None) -> None:
+    """Refuse a file that cannot be written before the work rather than after it."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
+
+
+def _write_json(out: Path | None, result: Any) -> None:
+    if out is None:
+        return
+    try:
+        out.write_text(json.dumps(result, indent=1))
+    except OSError as error:
+        raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None
 
 
 def _load(model: str | None, weights: Path, device: str | None) -> Any:

@@ -165,7 +165,8 @@ def test_the_installed_command_and_its_status():
         ("evaluate kn --data x", "unknown command 'evaluate kn': did you mean 'evaluate knn'?"),
         (
             "xyz",
-            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, pretrain, quickstart, recipes.",
+            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, pretrain, "
+            "quickstart, recipes.",
         ),
         ("recipes --all", "unknown option '--all': known: --help."),
         ("features --dat x", "unknown option '--dat': did you mean '--data'?"),

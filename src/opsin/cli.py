@@ -200,7 +200,7 @@ def bench_step(
     """
     from opsin.bench.step import time_step
     from opsin.bench.table import step_table
-    from opsin.pretrain.loop import pick_device
+    from opsin.machine import pick_device
 
     _check_file(out)
     result = time_step(backbone, batch, precision, prototypes, global_size, steps, pick_device(device))
@@ -229,7 +229,7 @@ def bench_input(
     """
     from opsin.bench.input import time_input
     from opsin.bench.table import input_table
-    from opsin.pretrain.loop import pick_device
+    from opsin.machine import pick_device
 
     _check_file(out)
     result = time_input(data, workers, batch, seconds, pick_device(device))
@@ -262,7 +262,7 @@ def bench_features(
     """
     from opsin.bench.features import time_features
     from opsin.bench.table import features_table
-    from opsin.pretrain.loop import pick_device
+    from opsin.machine import pick_device
 
     _check_file(out)
     result = time_features(backbone, batch, size, precision, images, workers, pick_device(device))
@@ -414,7 +414,7 @@ def _write_json(out: Path | None, result: Any) -> None:
 
 def _load(model: str | None, weights: Path, device: str | None) -> Any:
     from opsin.backbone.features import load
-    from opsin.pretrain.loop import pick_device
+    from opsin.machine import pick_device
 
     on = pick_device(device)
     if not weights.exists():

@@ -33,8 +33,9 @@ from opsin.data.decode import DecodeError, decode
 from opsin.data.sources import scan
 from opsin.data.stream import BatchRecipe
 from opsin.errors import OpsinError
+from opsin.machine import pick_device
 from opsin.pretrain.heads import HeadRecipe
-from opsin.pretrain.loop import pick_device, pretrain
+from opsin.pretrain.loop import pretrain
 from opsin.pretrain.recipe import CheckpointRecipe, Recipe, cpu
 from opsin.pretrain.schedules import ScheduleRecipe
 from opsin.report.page import write_report

@@ -20,7 +20,7 @@ from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.evaluate.knn import extract
-from opsin.pretrain.loop import pick_device
+from opsin.machine import pick_device
 from opsin.pretrain.recipe import Recipe, read
 from opsin.pretrain.step import build
 from opsin.report.page import write_report

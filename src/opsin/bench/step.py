@@ -30,6 +30,7 @@ from opsin.bench.timing import (
 from opsin.data.crops import CropRecipe
 from opsin.data.stream import Batch, BatchRecipe
 from opsin.errors import OpsinError
+from opsin.machine import check_precision
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.objective import total
 from opsin.pretrain.recipe import Recipe
@@ -162,6 +163,7 @@ def time_step(
     recipe = recipe_of(backbone, batch, precision, prototypes, global_size)
     if steps < 1:
         raise OpsinError(f"--steps is {steps}: give 1 or more.")
+    check_precision(precision, device)
     where = machine(device)
     try:
         memory = PeakMemory(device)

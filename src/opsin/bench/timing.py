@@ -4,7 +4,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from opsin.machine import commit
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,6 @@ def processor() -> str:
 def cores() -> int:
     """Cores that this process may use, fewer than the machine's in a container or under taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def commit() -> str | None:
-    """Commit of the code that runs, marked when it was changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
 
 
 def synchronise(device: torch.device) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, Summary, scan, summarise
 from opsin.data.stream import Stream
 from opsin.errors import OpsinError
+from opsin.machine import check_precision, commit, pick_device
 from opsin.pretrain import checkpoint
 from opsin.pretrain.monitor import Metrics, Skips, Terminal
 from opsin.pretrain.objective import total
@@ -84,7 +84,7 @@ def pretrain(
         OpsinError: for anything the user can mend: bad settings, unreadable data, a full disk, NaN gradients.
     """
     out, on = _folder(Path(out)), pick_device(device)
-    _check_precision(recipe, on)
+    check_precision(recipe.precision, on)
     _check_masks(recipe)
     source = scan(data, cache=out / "cache", progress=not quiet)
     with contextlib.ExitStack() as stack:
@@ -175,21 +175,6 @@ def pretrain(
         return Finished(out, step, None if step == recipe.steps else stop.signal)
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The named device, or the fastest that is there; an OpsinError if the named one is not."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return torch.device(next(kind for kind, there in present.items() if there))
-    kind = name.partition(":")[0]
-    if not present.get(kind, False):
-        there = ", ".join(kind for kind, is_there in present.items() if is_there)
-        raise OpsinError(f"there is no device '{name}' on this machine: give --device {there}, or leave it out.")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise OpsinError(f"'{name}' is no device: give cpu, mps, cuda or cuda:N.") from None
-
-
 @contextlib.contextmanager
 def _only_run(out: Path) -> Iterator[None]:
     """Hold the run's folder: two runs would write into each other's checkpoints."""
@@ -222,13 +207,6 @@ def _check_masks(recipe: Recipe) -> None:
             f"no mask fits the {side}×{side} patches of a global crop, so the patch loss would be nothing: enlarge "
             "crops.global_size, lower masks.min_block, or set loss.ibot to 0."
         )
-
-
-def _check_precision(recipe: Recipe, device: torch.device) -> None:
-    if recipe.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise OpsinError("this GPU has no bf16: give --precision fp16.")
-    if recipe.precision == "fp64" and device.type == "mps":
-        raise OpsinError("MPS has no fp64: give --precision fp32, or --device cpu.")
 
 
 def _folder(out: Path) -> Path:
@@ -266,7 +244,7 @@ def _describe(
         "threads": torch.get_num_threads(),
         "decoder": DECODER,
         "seed": recipe.seed,
-        "git": _git_state(),
+        "git": commit(),
         "data": {"root": str(source.root), "images": len(source), "fingerprint": source.fingerprint},
     }
     recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
@@ -347,16 +325,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         else:
             found.append(f"{dotted} ({before.get(name)} then, {value} now)")
     return found
-
-
-def _git_state() -> str | None:
-    """Commit of the code that runs, with a mark when it was changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
 
 
 class _Stop:

@@ -1,0 +1,41 @@
+"""What a run runs on: the device, what it can compute, and the commit of the code."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from opsin.errors import OpsinError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the fastest that is there; an OpsinError if the named one is not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind = name.partition(":")[0]
+    if not present.get(kind, False):
+        there = ", ".join(kind for kind, is_there in present.items() if is_there)
+        raise OpsinError(f"there is no device '{name}' on this machine: give --device {there}, or leave it out.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise OpsinError(f"'{name}' is no device: give cpu, mps, cuda or cuda:N.") from None
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise an OpsinError if `device` cannot train in `precision` ("bf16", "fp64", …)."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise OpsinError("this GPU has no bf16: give --precision fp16.")
+    if precision == "fp64" and device.type == "mps":
+        raise OpsinError("MPS has no fp64: give --precision fp32, or --device cpu.")
+
+
+def commit() -> str | None:
+    """Commit of the code that runs, with a mark when it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

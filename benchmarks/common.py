@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,34 @@ def bench_step(*options: str) -> dict[str, Any]:
             return {"failed": last_line(done.stderr)}
         result: dict[str, Any] = json.loads(out.read_text())
         return result
+
+
+def run(command: list[str], environment: dict[str, str]) -> str:
+    """The output of a command; a command that fails ends the comparison."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} ended with status {done.returncode}: {last_line(done.stderr)}")
+    return done.stdout
+
+
+def pretrain(
+    images: Path, out: Path, *, batch: int, steps: int, precision: str, device: str | None, environment: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The records of `opsin pretrain` with ViT-S/14 and the drop path of the reference, one record a step."""
+    options = {
+        "recipe": "vits14-one-gpu",
+        "precision": precision,
+        "drop-path": "0.3",
+        "batch.size": batch,
+        "batch.micro": 0,
+        "batch.group": min(batch, 64),
+        "steps": steps,
+        "log-every": 1,
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    given += ["--device", device] if device else []
+    run([*OPSIN, "pretrain", "--data", str(images), "--out", str(out), "--no-report", *given], environment)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def last_line(text: str) -> str:

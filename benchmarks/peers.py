@@ -17,13 +17,12 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import OPSIN, bench_step, finish, last_line, threads
+from common import bench_step, finish, last_line, pretrain, run, threads
 
 from opsin.bench.input import make_photos
 from opsin.bench.timing import cores
@@ -32,14 +31,6 @@ WARM_UP = 2
 """Steps of each process that do not count."""
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 """Our name of a precision, and Lightning's."""
-
-
-def run(command: list[str], environment: dict[str, str]) -> str:
-    """The output of a command; a command that fails ends the comparison."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{shlex.join(command)} ended with status {done.returncode}: {last_line(done.stderr)}")
-    return done.stdout
 
 
 def printed(output: str, command: str) -> dict[str, Any]:
@@ -63,24 +54,17 @@ def lightly_seconds(python: Path, images: Path, precision: str, batch: int, step
 
 def opsin_seconds(images: Path, precision: str, batch: int, steps: int) -> float:
     """Median seconds of a step of `opsin pretrain`."""
-    options = {
-        "recipe": "vits14-one-gpu",
-        "device": "cpu",
-        "precision": precision,
-        "drop-path": "0.3",
-        "batch.size": batch,
-        "batch.micro": 0,
-        "batch.group": batch,
-        "steps": WARM_UP + steps,
-        "log-every": 1,
-    }
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as out:
-        command = [*OPSIN, "pretrain", "--data", str(images), "--out", out, "--no-report", *given]
-        run(command, threads(cores()))
-        lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    seconds: list[float] = [json.loads(line)["step_seconds"] for line in lines]
-    return statistics.median(seconds[WARM_UP:])
+        records = pretrain(
+            images,
+            Path(out),
+            batch=batch,
+            steps=WARM_UP + steps,
+            precision=precision,
+            device="cpu",
+            environment=threads(cores()),
+        )
+    return statistics.median(record["step_seconds"] for record in records[WARM_UP:])
 
 
 def compare_with_lightly(python: Path, batch: int, steps: int, rounds: int) -> dict[str, Any]:

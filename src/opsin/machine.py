@@ -1,5 +1,7 @@
 """What a run runs on: the device, what it can compute, and the commit of the code."""
 
+import functools
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise OpsinError("this GPU has no bf16: give --precision fp16.")
     if precision == "fp64" and device.type == "mps":
         raise OpsinError("MPS has no fp64: give --precision fp32, or --device cpu.")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels for CUDA can be compiled: torch brings Triton along on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def commit() -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opsin.backbone import registry
 from opsin.backbone import weights as files
+from opsin.backbone.fused import fuse
 from opsin.backbone.vit import Features, VisionTransformer
 from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
 from opsin.errors import OpsinError, unknown
@@ -62,6 +63,8 @@ class FeatureExtractor:
         if precision is not None and weights.dtype != PRECISIONS[precision]:
             backbone = copy.deepcopy(backbone).to(PRECISIONS[precision])
         self.backbone = backbone.eval()
+        if weights.device.type == "cuda":
+            fuse(self.backbone)
         self.report = report
         """What was loaded, when weights were."""
 

@@ -35,7 +35,7 @@ class FusedBlock(Block):
         x_TD = _add_linear(x_TD, attended, "none", self.attn.proj, self.ls1, attention)
         into, out_of, activation = _feed_forward(self.mlp)
         hidden, x_TD = _norm_linear(x_TD, self.norm2, into, feed_forward)
-        return _add_linear(x_TD, hidden, activation, out_of, self.ls2, feed_forward)
+        return _add_linear(x_TD, [hidden], activation, out_of, self.ls2, feed_forward)
 
 
 def fuse(backbone: VisionTransformer) -> None:
@@ -58,11 +58,16 @@ def _norm_linear(x_TD: Tensor, norm: nn.LayerNorm, linear: nn.Linear, kept: Kept
 
 
 def _add_linear(
-    x_TD: Tensor, inner: Tensor, activation: ops.Activation, linear: nn.Linear, scale: LayerScale, kept: Kept | None
+    x_TD: Tensor,
+    inner: Sequence[Tensor],
+    activation: ops.Activation,
+    linear: nn.Linear,
+    scale: LayerScale,
+    kept: Kept | None,
 ) -> Tensor:
-    """`x` plus `scale(linear(activation(inner)))` in the kept rows, times B/K."""
+    """`x` plus `scale(linear(activation(inner)))` in the kept rows, times B/K; `inner` are these rows in parts."""
     selection = (None, None, None) if kept is None else (kept.rows, kept.place, kept.scale)
-    out: Tensor = _AddLinear.apply(x_TD, inner, linear.weight, linear.bias, scale.gamma, activation, *selection)
+    out: Tensor = _AddLinear.apply(x_TD, linear.weight, linear.bias, scale.gamma, activation, *selection, *inner)
     return out
 
 
@@ -99,7 +104,6 @@ class _AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        inner: Tensor,
         weight: Tensor,
         bias: Tensor,
         gamma: Tensor,
@@ -107,22 +111,32 @@ class _AddLinear(torch.autograd.Function):
         rows: Tensor | None,
         place: Tensor | None,
         scale: Tensor | None,
+        *inner: Tensor,
     ) -> Tensor:
-        branch = torch.addmm(gamma * bias, ops.activate(inner, activation), (gamma[:, None] * weight).t())
-        ctx.save_for_backward(inner, weight, bias, gamma, rows, scale)
+        ctx.save_for_backward(weight, bias, gamma, rows, scale, *inner)
         ctx.activation = activation
+        sizes = [len(part) for part in inner]
+        branch = x.new_empty((sum(sizes), len(weight)))
+        scaled_weight, scaled_bias = gamma[:, None] * weight, gamma * bias
+        for part, out in zip(inner, torch.split(branch, sizes), strict=True):
+            torch.addmm(scaled_bias, ops.activate(part, activation), scaled_weight.t(), out=out)
         return ops.add_rows(x, branch, rows, place, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inner, weight, bias, gamma, rows, scale = ctx.saved_tensors
+        weight, bias, gamma, rows, scale, *inner = ctx.saved_tensors
         grad = ops.take_rows(grads[0], rows, scale)
-        grad_active = grad @ (gamma[:, None] * weight)
-        active, grad_inner = ops.activate_backward(inner, grad_active, ctx.activation)
+        scaled_weight = gamma[:, None] * weight
         # Of the product diag(gamma) W and of diag(gamma) b, from which those of the three factors follow.
-        grad_product, grad_sum = grad.t() @ active, grad.sum(0)
         high = torch.promote_types(weight.dtype, torch.float32)
-        grad_gamma = (grad_product.to(high) * weight).sum(1) + grad_sum.to(high) * bias
+        grad_product, grad_sum = torch.zeros_like(weight, dtype=high), grad.sum(0)
+        grad_inner = []
+        for part, grad_part in zip(inner, torch.split(grad, [len(part) for part in inner]), strict=True):
+            active, grad_before = ops.activate_backward(part, grad_part @ scaled_weight, ctx.activation)
+            grad_inner.append(grad_before)
+            grad_product += grad_part.t() @ active
+        grad_gamma = (grad_product * weight).sum(1) + grad_sum.to(high) * bias
         grad_weight, grad_bias = gamma[:, None] * grad_product, gamma * grad_sum
-        return grads[0], grad_inner, grad_weight, grad_bias, grad_gamma.to(gamma.dtype), None, None, None, None
+        parameters = (grad_weight.to(weight.dtype), grad_bias, grad_gamma.to(gamma.dtype))
+        return grads[0], *parameters, None, None, None, None, *grad_inner

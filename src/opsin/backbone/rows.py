@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.machine import has_triton
+
 Activation = Literal["none", "gelu", "swiglu"]
 
 
@@ -110,8 +112,8 @@ def take_rows(x: Tensor, rows: Tensor | None, scale: Tensor | None) -> Tensor:
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, where `x` is on a device that has them."""
-    if not x.is_cuda:
+    """The Triton kernels, where they can compute `x`: on CUDA, in fp32."""
+    if not x.is_cuda or x.dtype == torch.float64 or not has_triton():
         return None
     from opsin.backbone import kernels
 

@@ -122,18 +122,19 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, layouts: Sequence[Layout]) -> Tensor:
         """Attend within every image that `layouts` lists, in order; returns `[T, D]`."""
-        projected: Tensor = self.proj(self.attend(self.qkv(x_TD), layouts))
+        attended = self.attend(self.qkv(x_TD), layouts)
+        projected: Tensor = self.proj(attended[0] if len(attended) == 1 else torch.cat(attended))
         return projected
 
-    def attend(self, qkv: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        """Attention proper: queries, keys and values `[T, 3 D]` to `[T, D]`."""
+    def attend(self, qkv: Tensor, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Attention proper: queries, keys and values `[T, 3 D]` to the rows `[B N, D]` of each batch."""
         attended = []
         for (images, tokens), part in zip(layouts, torch.split(qkv, [b * n for b, n in layouts]), strict=True):
             q, k, v = part.view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
             written_out = qkv.device.type == "cpu" and qkv.itemsize == 2 and tokens <= WRITTEN_OUT
             out = _products(q, k) @ v if written_out else F.scaled_dot_product_attention(q, k, v)
             attended.append(out.transpose(1, 2).reshape(images * tokens, -1))
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+        return attended
 
     def weights(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """The attention matrix `[B, heads, N, N]` that `forward` never forms; for pictures."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opsin.data.crops import CropPlan, CropRecipe, Kind
 from opsin.data.rng import Integers
+from opsin.machine import has_triton
 
 COLUMNS = (
     "flip",
@@ -89,8 +90,8 @@ class Packed:
 
 
 def can_pack(images: Sequence[Tensor]) -> bool:
-    """Whether the kernels read such images: 8-bit with three channels. Other sensors go through plain torch."""
-    return all(image.dtype == torch.uint8 and len(image) == 3 for image in images)
+    """Whether the kernels are there and read such images: 8-bit, three channels. Else plain torch makes the crops."""
+    return has_triton() and all(image.dtype == torch.uint8 and len(image) == 3 for image in images)
 
 
 def pack(images: Sequence[Tensor], plans: Mapping[Kind, CropPlan], *, pinned: bool = False) -> Packed:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.errors import FINITE, within
+from opsin.machine import has_triton
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class AdamW:
         self.count += clipped.finite
         count = self.count.clamp(min=1)  # 0 when the very first step is not finite
         corrections = 1 - beta1**count, (1 - beta2**count).sqrt()
-        if self.count.device.type == "cuda" and next(iter(self.slots.values())).weight.dtype == torch.float32:
+        full = next(iter(self.slots.values())).weight.dtype == torch.float32
+        if self.count.device.type == "cuda" and full and has_triton():
             from opsin.pretrain.kernels import update
 
             numbers = torch.stack([*scalars, *corrections, clipped.finite, *clipped.factors.values()]).float()

@@ -4,6 +4,10 @@ A program works on a tile of rows and all D channels, so D (padded to a power of
 and in a fixed order: no atomics, so a step gives the same bits each time.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +23,21 @@ ELEMENTS = 1024
 """Elements of a program that works element by element."""
 
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current GPU, which need not be that of the first argument."""
+
+    @functools.wraps(launch)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
+        with torch.cuda.device_of(arguments[0]):
+            return launch(*arguments, **named)
+
+    return wrapped
+
+
+@_on_its_device
 def norm_rows(
     x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +54,7 @@ def norm_rows(
     return out, mean, inverse
 
 
+@_on_its_device
 def norm_rows_backward(
     grad_out: Tensor,
     grad_x: Tensor,
@@ -61,6 +81,7 @@ def norm_rows_backward(
     return out, grad_in, grad_weight, grad_bias
 
 
+@_on_its_device
 def activate(x: Tensor, kind: Activation) -> Tensor:
     """As `rows.activate`, for "gelu" and "swiglu"."""
     x = x.contiguous()
@@ -75,6 +96,7 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
     return out
 
 
+@_on_its_device
 def activate_backward(x: Tensor, grad: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
     """As `rows.activate_backward`, for "gelu" and "swiglu"."""
     x, grad = x.contiguous(), grad.contiguous()
@@ -88,6 +110,7 @@ def activate_backward(x: Tensor, grad: Tensor, kind: Activation) -> tuple[Tensor
     return out, grad_x
 
 
+@_on_its_device
 def add_rows(x: Tensor, branch: Tensor, place: Tensor | None, scale: Tensor | None) -> Tensor:
     """As `rows.add_rows`."""
     x, branch = x.contiguous(), branch.contiguous()
@@ -99,6 +122,7 @@ def add_rows(x: Tensor, branch: Tensor, place: Tensor | None, scale: Tensor | No
     return out
 
 
+@_on_its_device
 def take_rows(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
     """As `rows.take_rows`."""
     x = x.contiguous()

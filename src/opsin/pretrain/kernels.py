@@ -1,5 +1,6 @@
 """The update of a parameter as one Triton kernel; `optim.py` says what it computes."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,11 +28,12 @@ def update(slot: Slot, numbers: Tensor, part: int, recipe: OptimRecipe) -> None:
         raise ValueError("weights, gradients and moments must be contiguous")
     copies = slot.copies or (weight, weight)
     count = weight.numel()
-    update_kernel[(triton.cdiv(count, ELEMENTS),)](
-        *arrays, *copies, numbers, count, slot.group.rate, *recipe.betas, recipe.epsilon,
-        LAST_LAYER=slot.group.last_layer, DECAYS=slot.group.decays, COPIES=slot.copies is not None, PART=part,
-        BLOCK=ELEMENTS,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        update_kernel[(triton.cdiv(count, ELEMENTS),)](
+            *arrays, *copies, numbers, count, slot.group.rate, *recipe.betas, recipe.epsilon,
+            LAST_LAYER=slot.group.last_layer, DECAYS=slot.group.decays, COPIES=slot.copies is not None, PART=part,
+            BLOCK=ELEMENTS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -23,7 +23,8 @@ ELEMENTS = 1024
 """Elements of a program that works element by element."""
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _on_its_device(launch: Callable[P, R]) -> Callable[P, R]:

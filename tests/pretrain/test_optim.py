@@ -229,7 +229,14 @@ def test_the_kernel_is_the_update(name, copies, finite):
     now = scalars(0.03, 0.04, 0.1, 0.7)
     optimiser.step(now, clipped)
     count = optimiser.count
-    numbers = [*now, 1 - 0.9**count, (1 - 0.999**count).sqrt(), clipped.finite, *clipped.factors.values()]
+    numbers = [
+        *now[:3],
+        1 - now.momentum,
+        1 - 0.9**count,
+        (1 - 0.999**count).sqrt(),
+        clipped.finite,
+        *clipped.factors.values(),
+    ]
     parts = list(clipped.factors)
     kernels.update(mine, torch.stack(numbers).float().to(device), parts.index(slot.part), optimiser.recipe)
     found = (mine.weight.detach(), mine.mean, mine.square, mine.teacher)

@@ -30,7 +30,7 @@ class Captured(NamedTuple):
 class Recorder:
     """The stream on which calls are recorded, and the memory that the recordings share.
 
-    They may share it because a replay needs nothing but its inputs and what was there before the first recording.
+    A replay may overwrite the results of every other recording: what is needed longer is cloned.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -128,7 +128,7 @@ class Replay:
         with recorder.stream():
             for _ in range(WARM_UP):
                 self.function(*static)
-        return recorder.record(lambda *given: tuple(self.function(*given)), static)
+            return recorder.record(lambda *given: tuple(self.function(*given)), static)
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ def update(slot: Slot, numbers: Tensor, part: int, recipe: OptimRecipe) -> None:
 
     Args:
         slot: the parameter, fp32.
-        numbers: fp32, on the device: rate, last layer's rate, decay, momentum, both bias corrections, finite, and the
-            factor of every part's gradients.
+        numbers: fp32, on the device: rate, last layer's rate, decay, 1 - momentum, both bias corrections, finite, and
+            the factor of every part's gradients.
         part: which of these factors is the parameter's.
         recipe: betas and epsilon.
     """
@@ -46,7 +46,7 @@ def update_kernel(
     mask = i < count
     rate = tl.load(numbers + (1 if LAST_LAYER else 0)) * rate_share
     decay = tl.load(numbers + 2)
-    momentum = tl.load(numbers + 3)
+    share = tl.load(numbers + 3)
     correction1 = tl.load(numbers + 4)
     correction2 = tl.load(numbers + 5)
     finite = tl.load(numbers + 6) > 0
@@ -63,7 +63,7 @@ def update_kernel(
         kept = 1.0 - rate * decay
     new_w = w * kept - (rate / correction1) * new_m / (tl.sqrt(new_v) / correction2 + epsilon)
     new_w = tl.where(finite, new_w, w)
-    new_t = tl.where(finite, t + (1.0 - momentum) * (new_w - t), t)
+    new_t = tl.where(finite, t + share * (new_w - t), t)
     tl.store(weight + i, new_w, mask=mask)
     tl.store(mean + i, tl.where(finite, new_m, m), mask=mask)
     tl.store(square + i, tl.where(finite, new_v, v), mask=mask)

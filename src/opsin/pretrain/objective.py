@@ -153,7 +153,9 @@ class Objective:
             crops, masked = batch.crops("global", micro).to(self.dtype), batch.masked(micro)
             views.append((*(t.clone() for t in look(crops, masked.hidden)), masked.weight))
         image, patch, weight = (torch.cat(parts) for parts in zip(*views, strict=True))
-        prototypes, bias, patch_prototypes, patch_bias = balance(image, patch, weight, temperature)
+        # Cloned like the views: the recordings of `learn` share memory with that of `balance`, and come several times.
+        found = balance(image, patch, weight, temperature)
+        prototypes, bias, patch_prototypes, patch_bias = (tensor.clone() for tensor in found)
         return StepTargets(
             image=Targets(image.to(prototypes.dtype), prototypes, bias, temperature),
             patch=Targets(patch.to(patch_prototypes.dtype), patch_prototypes, patch_bias, temperature),
@@ -240,5 +242,5 @@ def _pairs(views: int, like: Tensor) -> Tensor:
     The reference divides by the number of local pairs, at least 1, plus the 2 global pairs.
     """
     pairs = like.new_ones((views, 2))
-    pairs[0, 0] = pairs[1, 1] = 0
+    pairs[:2].fill_diagonal_(0)  # assigning a number to an element would copy it from the host
     return pairs / (max(2 * (views - 2), 1) + 2)

@@ -173,7 +173,10 @@ class AdamW:
         if self.count.device.type == "cuda" and full and has_triton():
             from opsin.pretrain.kernels import update
 
-            numbers = torch.stack([*scalars, *corrections, clipped.finite, *clipped.factors.values()]).float()
+            share = 1 - scalars.momentum  # here, where there is fp64: it may be 1e-5
+            numbers = torch.stack(
+                [*scalars[:3], share, *corrections, clipped.finite, *clipped.factors.values()]
+            ).float()
             parts = list(clipped.factors)
             for slot in self.slots.values():
                 update(slot, numbers, parts.index(slot.part), self.recipe)

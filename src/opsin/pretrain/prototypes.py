@@ -181,8 +181,10 @@ def sinkhorn_bias(features: Tensor, counted: Tensor, weight: Tensor, temperature
         largest = features.norm(dim=1).max() * weight.norm(dim=1).max() / temperature
         if largest <= SAFE_SCORE:
             return _sinkhorn_of_exponentials(features / temperature, counted, weight, iterations)
-    count, size = chunks(len(features), 1, len(weight), features.device)
     score_dtype = torch.promote_types(features.dtype, torch.float32)
+    if len(features) == 0:
+        return weight.new_zeros(len(weight), dtype=score_dtype)
+    count, size = chunks(len(features), 1, len(weight), features.device)
     log_row = _padded(torch.where(counted, 0.0, -torch.inf).to(score_dtype), count * size, -torch.inf)
     features = _padded(features, count * size)
     log_u = torch.zeros(len(weight), dtype=score_dtype, device=features.device)
@@ -269,7 +271,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros((len(w), d), dtype=score_dtype, device=features.device)
         student_temperature = targets.bias.new_full((), temperature)
         visit = _fused(_softmax_difference, features)
-        for z, teacher, row_weights in zip(*inputs, strict=True):
+        for z, teacher, row_weights in zip(*inputs, strict=True) if n else ():
             student = _scores(z.flatten(0, 1), w, student_temperature)
             assigned = _scores(teacher.flatten(0, 1), targets.prototypes, targets.temperature, targets.bias)
             by_row = row_weights[:, None, None] * pairs.to(score_dtype)

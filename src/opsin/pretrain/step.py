@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from opsin.backbone.fused import fuse
 from opsin.backbone.graphs import Piece, Recorder
 from opsin.data.stream import Batch
+from opsin.machine import has_triton
 from opsin.pretrain.objective import Network, Objective, total
 from opsin.pretrain.optim import AdamW, LossScale, Scalars, scalar_dtype
 from opsin.pretrain.recipe import Recipe
@@ -54,7 +55,9 @@ class Step:
         self.objective = Objective(recipe.loss, *working)
         self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working)
         self.loss_scale = LossScale(device, enabled=self.dtype == torch.float16)
-        recorder = Recorder(device) if device.type == "cuda" and recipe.graphs else None
+        # Only the kernel updates without asking the device whether the gradients are finite.
+        recordable = device.type == "cuda" and recipe.graphs and has_triton() and self.dtype != torch.float64
+        recorder = Recorder(device) if recordable else None
         self.look, self.balance, self.learn, self.update = (
             Piece(function, recorder)
             for function in (self.objective.look, self.objective.balance, self._learn, self._update)

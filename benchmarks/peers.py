@@ -64,7 +64,8 @@ def opsin_seconds(images: Path, precision: str, batch: int, steps: int) -> float
             device="cpu",
             environment=threads(cores()),
         )
-    return statistics.median(record["step_seconds"] for record in records[WARM_UP:])
+    seconds: list[float] = [record["step_seconds"] for record in records[WARM_UP:]]
+    return statistics.median(seconds)
 
 
 def compare_with_lightly(python: Path, batch: int, steps: int, rounds: int) -> dict[str, Any]:

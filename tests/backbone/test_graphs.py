@@ -87,13 +87,16 @@ def test_a_piece_computes_every_call_once_with_what_it_is_given():
         return total, [parts[0] + 1]
 
     piece = Piece(add, recorder)
-    expected = torch.zeros(3)
+    expected, seen = torch.zeros(3), []
     for call in range(WARM_UP + 4):
         x, part = torch.full((3,), float(call)), torch.full((2,), float(call))
         found, (other,) = piece(x, (part, None), 2)
         expected += 2 * call
         assert torch.equal(found, expected)
         assert torch.equal(other, part + 1)
+        seen.append((other, part + 1))
+    for other, wanted in seen:  # compared at the end: a later call must not change an earlier result
+        assert torch.equal(other, wanted)
     assert recorder.recorded == [((3,), (2,))]
     with pytest.raises(RuntimeError):
         piece(torch.ones(4), (torch.ones(2), None), 2)  # another shape

@@ -119,6 +119,18 @@ def test_rows_that_do_not_count_change_nothing(monkeypatch, safe):
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("safe", [0.0, 30.0])
+def test_if_no_row_counts_the_loss_is_zero_and_finite(monkeypatch, safe):
+    monkeypatch.setattr(P, "SAFE_SCORE", safe)
+    teacher, student, zt, zs, pairs, weights = case(1.0, torch.float32)
+    targets = teacher.balance(zt, ~every(zt), torch.tensor(0.05), 3, torch.float32)
+    loss, _ = student(zs, targets, pairs, 0 * weights, 0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert not zs.grad.any()
+    assert not student.weight_v.grad.any()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile on a CPU needs a C++ compiler: apt install g++")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,7 +60,7 @@ class Piece:
     """A function whose inputs have the same shapes in every call, recorded once it has been called a few times.
 
     The first calls and the recording are calls like all others: each is computed once, so the function may change
-    weights. What it changes must stay where it is. Results may be overwritten by the next call.
+    weights. What it changes must stay where it is. Results belong to the caller.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
@@ -81,7 +81,7 @@ class Piece:
             for static, given in zip(leaves(self.captured.inputs), leaves(inputs), strict=True):
                 static.copy_(given, non_blocking=True)
             self.captured.replay()
-            return self.captured.outputs
+            return mapped(torch.clone, self.captured.outputs)
 
 
 Function = Callable[..., Sequence[Tensor]]
@@ -141,9 +141,11 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Nested tuples and lists with `function` of every tensor in its place."""
+    """Nested tuples, lists and dictionaries with `function` of every tensor in its place."""
     if isinstance(tree, Tensor):
         return function(tree)
+    if isinstance(tree, dict):
+        return {name: mapped(function, branch) for name, branch in tree.items()}
     if isinstance(tree, (tuple, list)):
         branches = [mapped(function, branch) for branch in tree]
         return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)

@@ -151,11 +151,9 @@ class Objective:
         views = []
         for micro in range(batch.micro_batches):
             crops, masked = batch.crops("global", micro).to(self.dtype), batch.masked(micro)
-            views.append((*(t.clone() for t in look(crops, masked.hidden)), masked.weight))
+            views.append((*look(crops, masked.hidden), masked.weight))
         image, patch, weight = (torch.cat(parts) for parts in zip(*views, strict=True))
-        # Cloned like the views: the recordings of `learn` share memory with that of `balance`, and come several times.
-        found = balance(image, patch, weight, temperature)
-        prototypes, bias, patch_prototypes, patch_bias = (tensor.clone() for tensor in found)
+        prototypes, bias, patch_prototypes, patch_bias = balance(image, patch, weight, temperature)
         return StepTargets(
             image=Targets(image.to(prototypes.dtype), prototypes, bias, temperature),
             patch=Targets(patch.to(patch_prototypes.dtype), patch_prototypes, patch_bias, temperature),

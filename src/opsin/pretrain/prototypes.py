@@ -85,6 +85,7 @@ class Prototypes(nn.Module):
         features, weight = features.to(dtype), self.weight().to(dtype)
         rows = counted[:, None].expand(features.shape[:2]).flatten()
         bias = sinkhorn_bias(features.flatten(0, 1), rows, weight, temperature, iterations)
+        bias = torch.where(counted.any(), bias, 0)  # a batch may hide no patch at all
         return Targets(features, weight, bias, temperature)
 
     @torch.no_grad()

@@ -73,9 +73,9 @@ class Step:
         sums: dict[str, Tensor] = {}
         for micro in range(batch.micro_batches):
             terms = self.learn(self.loss_scale.scale, *self.objective.inputs(batch, micro, targets))
-            sums = {name: sums[name] + term if sums else term.clone() for name, term in terms.items()}
+            sums = {name: sums[name] + term if sums else term for name, term in terms.items()}
         norms, finite = self.update(Scalars(**scalars))
-        return Outcome(sums, {part: norm.clone() for part, norm in norms.items()}, finite.clone())
+        return Outcome(sums, norms, finite)
 
     def _learn(self, scale: Tensor, *inputs: Any) -> dict[str, Tensor]:
         terms = self.objective.losses(*inputs)

@@ -1,297 +1,21 @@
-"""The `opsin` command: every sub-command is a typed function, its docstring the help."""
+"""The `opsin` command: finds the sub-command, checks its options, and turns mistakes into one sentence."""
 
 import inspect
-import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import opsin
+from opsin.commands import COMMANDS, pretrain
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
-from opsin.pretrain.recipe import PRESETS, Recipe, preset
-
-Data = Annotated[Path, tyro.conf.arg(metavar="SRC")]
-Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
-
-
-def pretrain(settings: Recipe) -> Callable[..., int]:
-    """The `pretrain` command, with the fields of `settings` as its options and their defaults."""
-
-    def command(
-        data: Data,
-        out: Out,
-        recipe: str,  # read before the other options, whose defaults it gives: see _run
-        settings: Annotated[Recipe, tyro.conf.arg(name="")] = settings,
-        device: str | None = None,
-        accept_changes: bool = False,
-        report: bool = True,
-    ) -> int:
-        """Train a backbone on images without labels. The same command goes on with a run that stopped.
-
-        Args:
-            data: a folder of images of any depth, or a text file that lists images.
-            out: folder of the run: weights, checkpoints, metrics, report.
-            recipe: a name that `opsin recipes` lists, or the recipe.yaml of an earlier run. The defaults shown for
-                the other options are those of this recipe (of `cpu` while none is given).
-            settings: any field of the recipe.
-            device: cuda, mps or cpu; by default the first of these that is there.
-            accept_changes: go on although recipe, data or decoder differ from those the run began with.
-            report: write report.html at the end.
-        """
-        from opsin.pretrain.loop import pretrain as train
-
-        finished = train(settings, data, out, device=device, accept_changes=accept_changes)
-        if finished.stopped_by is not None:
-            return 128 + finished.stopped_by
-        if report:
-            from opsin.story import tell
-
-            print(f"report: {tell(out, data, device=device)}")
-        print(f"backbone: {finished.backbone}")
-        return 0
-
-    return command
-
-
-def features(
-    data: Data,
-    out: Out,
-    weights: Path,
-    model: str | None = None,
-    patches: bool = False,
-    size: int = 224,
-    batch_size: int = 64,
-    precision: str | None = None,
-    workers: int = os.cpu_count() or 1,
-    device: str | None = None,
-) -> int:
-    """Write the features of every image to a Parquet file: path and class token, and patches on request.
-
-    Args:
-        data: a folder of images of any depth, or a text file that lists images.
-        out: the Parquet file to write.
-        weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
-        model: name of the architecture, where the file does not tell it.
-        patches: also write the patch features.
-        size: shorter side in pixels; both sides are rounded to the patch grid, the aspect is kept.
-        batch_size: images per forward.
-        precision: fp32, bf16 or fp16 (on GPUs only), of weights and activations; by default bf16 on cuda and fp32
-            elsewhere. Half precision is faster and changes features slightly: they are written in fp32 in any case.
-        workers: threads that decode and prepare images.
-        device: cuda, mps or cpu; by default the first of these that is there.
-    """
-    from opsin.backbone.features import FeatureExtractor
-    from opsin.data.sources import scan
-    from opsin.evaluate.extract import write_features
-
-    extractor = _load(model, weights, device)
-    precision = precision or ("bf16" if extractor.device.type == "cuda" else "fp32")
-    extractor = FeatureExtractor(extractor.backbone, extractor.report, precision)
-    source = scan(data)
-    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("features", total=len(source))
-        rows = write_features(
-            extractor,
-            source,
-            out,
-            patches=patches,
-            size=size,
-            batch_size=batch_size,
-            workers=workers,
-            advance=lambda images: bar.advance(task, images),
-        )
-    left_out = len(source) - rows
-    print(f"{rows} images written to {out}" + (f", {left_out} unreadable: see {out}.unreadable.jsonl" * bool(left_out)))
-    return 0
-
-
-def evaluate_knn(
-    data: Data,
-    weights: Path,
-    test_data: Path | None = None,
-    model: str | None = None,
-    out: Path | None = None,
-    k: tuple[int, ...] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-    size: int = 224,
-    batch_size: int = 64,
-    workers: int = os.cpu_count() or 1,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    device: str | None = None,
-) -> int:
-    """Weighted k-nearest-neighbour accuracy of frozen features on images in one folder per class.
-
-    Args:
-        data: training images, one folder per class.
-        weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
-        test_data: test images, one folder per class; without it a part of `data` is held out.
-        model: name of the architecture, where the file does not tell it.
-        out: also write the results to this JSON file.
-        k: numbers of neighbours.
-        temperature: of the weights of neighbours.
-        size: side of the centre crop in pixels.
-        batch_size: images per forward.
-        workers: threads that read images.
-        test_fraction: share of every class that is held out without test_data.
-        seed: of that split.
-        device: cuda, mps or cpu; by default the first of these that is there.
-    """
-    from opsin.evaluate.knn import knn
-
-    _check_file(out)
-    extractor = _load(model, weights, device)
-    result = knn(
-        extractor.backbone,
-        data,
-        test_data,
-        k=k,
-        temperature=temperature,
-        size=size,
-        batch_size=batch_size,
-        workers=workers,
-        device=extractor.device,
-        seed=seed,
-        test_fraction=test_fraction,
-    )
-    table = Table("k", "accuracy", title=f"kNN, {result['n_train']} train and {result['n_test']} test images")
-    for number, accuracy in result["accuracy"].items():
-        table.add_row(number, f"{accuracy:.3f}")
-    Console().print(table)
-    _write_json(out, result)
-    return 0
-
-
-def bench_step(
-    backbone: str = "dinov2_vits14",
-    batch: int = 8,
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16",
-    prototypes: int = 65536,
-    global_size: int = 224,
-    steps: int = 10,
-    device: str | None = None,
-    out: Path | None = None,
-) -> int:
-    """Time a training step on synthetic images: speed, where the time goes, use of the device, memory.
-
-    Two global and eight local crops, stochastic depth 0.3, a DINO and an iBOT head, Sinkhorn–Knopp, AdamW.
-
-    Args:
-        backbone: name of the architecture.
-        batch: images of a step.
-        precision: of the matrix products.
-        prototypes: of each of the two heads.
-        global_size: side of a global crop in pixels, a multiple of the patch; local ones have 98, or what is nearest.
-        steps: that are measured; as many again are measured part by part.
-        device: cuda, mps or cpu; by default the first of these that is there.
-        out: also write the results to this JSON file.
-    """
-    from opsin.bench.step import time_step
-    from opsin.bench.table import step_table
-    from opsin.machine import pick_device
-
-    _check_file(out)
-    result = time_step(backbone, batch, precision, prototypes, global_size, steps, pick_device(device))
-    Console().print(step_table(result))
-    _write_json(out, asdict(result))
-    return 0
-
-
-def bench_input(
-    data: Path | None = None,
-    workers: int = 0,
-    batch: int = 64,
-    seconds: float = 10.0,
-    device: str | None = None,
-    out: Path | None = None,
-) -> int:
-    """Time the input pipeline: decoding alone, crops alone, and both as a training reads them.
-
-    Args:
-        data: a folder of images of any depth, or a text file that lists images; without it, synthetic JPEGs.
-        workers: decoding threads; 0 takes one per core.
-        batch: images of a batch.
-        seconds: to spend on each of the three.
-        device: cuda, mps or cpu, where crops are rendered; by default the first of these that is there.
-        out: also write the results to this JSON file.
-    """
-    from opsin.bench.input import time_input
-    from opsin.bench.table import input_table
-    from opsin.machine import pick_device
-
-    _check_file(out)
-    result = time_input(data, workers, batch, seconds, pick_device(device))
-    Console().print(input_table(result))
-    _write_json(out, asdict(result))
-    return 0
-
-
-def bench_features(
-    backbone: str = "dinov2_vits14",
-    batch: int = 64,
-    size: int = 224,
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
-    images: int = 512,
-    workers: int = os.cpu_count() or 1,
-    device: str | None = None,
-    out: Path | None = None,
-) -> int:
-    """Time feature extraction: the model alone, and from JPEG files to a Parquet file.
-
-    Args:
-        backbone: name of the architecture.
-        batch: images of a forward.
-        size: shorter side of an image in pixels, a multiple of the patch.
-        precision: of weights and activations.
-        images: synthetic JPEG files.
-        workers: decoding threads.
-        device: cuda, mps or cpu; by default the first of these that is there.
-        out: also write the results to this JSON file.
-    """
-    from opsin.bench.features import time_features
-    from opsin.bench.table import features_table
-    from opsin.machine import pick_device
-
-    _check_file(out)
-    result = time_features(backbone, batch, size, precision, images, workers, pick_device(device))
-    Console().print(features_table(result))
-    _write_json(out, asdict(result))
-    return 0
-
-
-def recipes() -> int:
-    """List the named recipes and what they are for."""
-    for name, make in PRESETS.items():
-        print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
-    return 0
-
-
-def quickstart(
-    out: Out = Path("runs/quickstart"), data: Path | None = None, seed: int = 0, device: str | None = None
-) -> int:
-    """Train a small backbone on real photos in minutes, measure it on held-out parts of them, and show it.
-
-    Args:
-        out: folder of the run; report.html and results.json are written there.
-        data: a folder of your own photos; without it, those that ship with the quickstart packages.
-        seed: of weights, order, crops and queries.
-        device: cuda, mps or cpu; by default the first of these that is there.
-    """
-    from opsin.quickstart import run
-
-    return run(out, data, seed=seed, device=device)
+from opsin.pretrain.recipe import preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -314,18 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
-
-
-COMMANDS: dict[str, Callable[..., int]] = {
-    "pretrain": pretrain(PRESETS["cpu"]()),
-    "features": features,
-    "evaluate knn": evaluate_knn,
-    "bench step": bench_step,
-    "bench input": bench_input,
-    "bench features": bench_features,
-    "quickstart": quickstart,
-    "recipes": recipes,
-}
 
 
 def _run(arguments: list[str]) -> int:
@@ -395,31 +107,6 @@ def _dotted(tree: Any, prefix: str = "") -> list[str]:
         value, name = getattr(tree, f.name), prefix + f.name.replace("_", "-")
         names += _dotted(value, name + ".") if is_dataclass(value) else [name]
     return names
-
-
-def _check_file(out: Path | None) -> None:
-    """Refuse a file that cannot be written before the work rather than after it."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
-
-
-def _write_json(out: Path | None, result: Any) -> None:
-    if out is None:
-        return
-    try:
-        out.write_text(json.dumps(result, indent=1))
-    except OSError as error:
-        raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None
-
-
-def _load(model: str | None, weights: Path, device: str | None) -> Any:
-    from opsin.backbone.features import load
-    from opsin.machine import pick_device
-
-    on = pick_device(device)
-    if not weights.exists():
-        raise OpsinError(f"there is no file or folder {weights}: give --weights the path of a backbone.")
-    return load(weights, device=on) if model is None else load(model, weights, device=on)
 
 
 if __name__ == "__main__":

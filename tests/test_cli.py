@@ -369,7 +369,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 def states(run: Path) -> dict[str, bytes]:
     """What decides how a run goes on, by checkpoint."""
-    return {name: data for name, data in contents(run / "checkpoints").items() if name.endswith("state.safetensors")}
+    return {name: data for name, data in contents(run / "checkpoints").items() if name.endswith(".distcp")}
 
 
 def test_a_disk_too_full_for_a_checkpoint(photos, run, finished):

@@ -1,18 +1,20 @@
 """The `opsin` command: finds the sub-command, checks its options, and turns mistakes into one sentence."""
 
+import functools
 import inspect
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import tyro
 
 import opsin
-from opsin.commands import COMMANDS, pretrain
+from opsin import ranks
+from opsin.commands import COMMANDS, launch_slurm, pretrain
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
 from opsin.pretrain.recipe import preset
@@ -24,8 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         status = _run(arguments)
+    except ranks.ElsewhereError:
+        status = 2
     except OpsinError as error:
-        print(f"opsin: {error}", file=sys.stderr)
+        who = "opsin" if ranks.first() else f"opsin, process {ranks.rank()} of {ranks.count()}"
+        print(f"{who}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
@@ -37,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, because at exit a closed pipe would be told as an error
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if ranks.together():  # after a mistake: leaving in order would wait for processes that may be gone
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 
@@ -51,19 +59,50 @@ def _run(arguments: list[str]) -> int:
         for name, command in COMMANDS.items():
             print(f"  {name:14} {(command.__doc__ or '').splitlines()[0]}")
         return 0
+    return _checked(arguments)()
+
+
+def _checked(arguments: list[str]) -> functools.partial[int]:
+    """A command with its options, all of which fit, not yet called."""
     name, rest = _command(arguments)
     command = COMMANDS[name]
-    options = {parameter.replace("_", "-"): p for parameter, p in inspect.signature(command).parameters.items()}
+    if name == "launch slurm":
+        rest, command = _launched(rest)
     if name == "pretrain":
-        settings = preset(_value_of("--recipe", rest) or "cpu")
-        command = pretrain(settings)
-        known = {*options, *_dotted(settings)} - {"settings"}
-    else:
-        known = set(options)
+        command = pretrain(preset(_value_of("--recipe", rest) or "cpu"))
+    known, required = [], []
+    for option, parameter in inspect.signature(command).parameters.items():
+        option = option.replace("_", "-")
+        known += _dotted(parameter.default) if is_dataclass(parameter.default) else [option]
+        required += [option] if parameter.default is inspect.Parameter.empty else []
     if not {"-h", "--help"} & set(rest):
-        _check_options(name, rest, known, [o for o, p in options.items() if p.default is inspect.Parameter.empty])
-    status: int = tyro.cli(command, prog=f"opsin {name}", args=rest)
-    return status
+        _check_options(name, rest, set(known), required)
+    checked: functools.partial[int] = tyro.cli(_called_later(command), prog=f"opsin {name}", args=rest)
+    return checked
+
+
+def _called_later(command: Callable[..., int]) -> Callable[..., functools.partial[int]]:
+    @functools.wraps(command)
+    def later(**options: Any) -> functools.partial[int]:
+        return functools.partial(command, **options)
+
+    return later
+
+
+def _launched(arguments: list[str]) -> tuple[list[str], Callable[..., int]]:
+    """The options of `launch slurm`, and it for the command after --, which is checked as if it ran here."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, words = arguments[:at], arguments[at + 1 :]
+    if {"-h", "--help"} & set(own):
+        return own, launch_slurm()
+    if not words:
+        raise OpsinError(
+            "opsin launch slurm needs the command to run after --: opsin launch slurm --nodes 2 --gpus 8 -- pretrain "
+            "--recipe vitl14 --data images --out runs/vitl14."
+        )
+    if _command(words)[0] == "launch slurm":
+        raise OpsinError("a launched command cannot launch another: give one launch slurm, and then -- once.")
+    return own, launch_slurm(words, _checked(words).keywords)
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:

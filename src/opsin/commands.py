@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -13,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from opsin.errors import OpsinError
+from opsin.launch import Slurm, submit
 from opsin.pretrain.recipe import PRESETS, Recipe
 
 Data = Annotated[Path, tyro.conf.arg(metavar="SRC")]
@@ -48,6 +51,8 @@ def pretrain(settings: Recipe) -> Callable[..., int]:
         finished = train(settings, data, out, device=device, accept_changes=accept_changes)
         if finished.stopped_by is not None:
             return 128 + finished.stopped_by
+        if int(os.environ.get("RANK", "0")):  # the first process of a job tells
+            return 0
         if report:
             from opsin.story import tell
 
@@ -265,6 +270,36 @@ def bench_features(
     return 0
 
 
+def launch_slurm(words: Sequence[str] = (), options: Mapping[str, Any] = MappingProxyType({})) -> Callable[..., int]:
+    """The `launch slurm` command for the words of another command, which is known to accept these options."""
+
+    def command(slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm()) -> int:  # noqa: B008
+        """Run a command on a Slurm cluster: opsin launch slurm [options] -- pretrain ...
+
+        What stands after -- is checked here, before it waits in the queue.
+
+        Args:
+            slurm: what the job asks of the cluster.
+        """
+        data, processes = options.get("data"), slurm.nodes * slurm.per_node
+        if isinstance(data, Path) and not data.exists():
+            raise OpsinError(f"there is no file or folder {data}: give --data a path that this machine and nodes see.")
+        if words[0] == "pretrain":
+            options["settings"].batch.split(processes)
+        elif processes > 1:
+            raise OpsinError(f"opsin {words[0]} is work of one process, not of {processes}: give --nodes 1 --gpus 1.")
+        submitted = submit(words, slurm)
+        each = f"{slurm.nodes} × {slurm.per_node} processes" + (" with a GPU each" if slurm.gpus else "")
+        print(f"job {submitted.job}: {each}, {slurm.hours:g} hours")
+        print(f"log:    {submitted.log}")
+        print(f"follow: tail -F {shlex.quote(str(submitted.log))}")
+        print(f"state:  squeue --job {submitted.job}")
+        print(f"cancel: scancel {submitted.job}")
+        return 0
+
+    return command
+
+
 def recipes() -> int:
     """List the named recipes and what they are for."""
     for name, make in PRESETS.items():
@@ -295,6 +330,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench step": bench_step,
     "bench input": bench_input,
     "bench features": bench_features,
+    "launch slurm": launch_slurm(),
     "quickstart": quickstart,
     "recipes": recipes,
 }

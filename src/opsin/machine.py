@@ -2,19 +2,30 @@
 
 import functools
 import importlib.util
+import os
 import subprocess
 from pathlib import Path
 
 import torch
 
+from opsin import ranks
 from opsin.errors import OpsinError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the fastest that is there; an OpsinError if the named one is not."""
+    """The named device, or the fastest that is there; an OpsinError if the named one is not.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return torch.device(next(kind for kind, there in present.items() if there))
+    name = name or next(kind for kind, there in present.items() if there)
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{ranks.local_rank()}"
+        if present["cuda"] and ranks.local_rank() >= torch.cuda.device_count():
+            raise OpsinError(
+                f"this machine has {torch.cuda.device_count()} GPUs, and process {ranks.local_rank()} has none: start "
+                "one process per GPU, or give --device cpu."
+            )
     kind = name.partition(":")[0]
     if not present.get(kind, False):
         there = ", ".join(kind for kind, is_there in present.items() if is_there)

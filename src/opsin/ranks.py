@@ -5,14 +5,21 @@ Everything here is plain when there is one process: sums are what they were, and
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from opsin.errors import OpsinError
+
+PULSE = 5.0
+"""Seconds between the signs of life of a process that others wait for."""
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -66,6 +73,33 @@ def log_sum_exp_(tensor: Tensor) -> Tensor:
         shift = torch.where(top.isfinite(), top, 0)  # all -inf, or something that is not finite anyway
         tensor.copy_(sum_((tensor - shift).exp_()).log_() + shift)
     return tensor
+
+
+class ElsewhereError(OpsinError):
+    """A mistake that another process found and tells."""
+
+
+def by_first(work: Callable[[], Result]) -> Result:
+    """What `work` gives in the first process, in all of them; the mistakes it meets end all of them.
+
+    It may take long: the others hear every few seconds that it goes on. The result is pickled.
+    """
+    if count() == 1:
+        return work()
+    answer: list[Any] = [None, None, None]  # whether done, result, mistake
+    with ThreadPoolExecutor(1) as worker:
+        working = worker.submit(work) if first() else None
+        while not answer[0]:
+            if working is not None and wait([working], timeout=PULSE).done:
+                mistake = working.exception()
+                answer = [True, None if mistake else working.result(), mistake and str(mistake)]
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if working is not None:
+        return working.result()
+    if answer[2] is not None:
+        raise ElsewhereError(answer[2])
+    result: Result = answer[1]
+    return result
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from PIL import Image
 from opsin.data.crops import CropRecipe, draw_crops, reduction, render
 from opsin.data.decode import Scale, decode_reduced
 from opsin.data.masks import MaskRecipe
+from opsin.data.order import Order
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.data.stream import Batch, BatchRecipe, DataRecipe, Stream, StreamRecipe
@@ -99,14 +100,14 @@ def test_branches_and_blocks_keep_samples_of_their_own():
 
 def test_the_order_is_an_epoch_at_a_time_and_restarts_anywhere():
     reader = Reader()
-    stream = Stream(recipe(), DataRecipe(ahead=2), reader, 40, CPU)
+    stream = Stream(recipe(), DataRecipe(ahead=2), reader, Order(40), CPU)
     steps = [batch.step for batch in stream.batches(0, 10)]
     assert steps == list(range(10))
     seen = np.concatenate(reader.asked)
     for epoch in range(4):
         assert np.array_equal(np.sort(seen[epoch * 40 : (epoch + 1) * 40]), np.arange(40))
     later = Reader()
-    list(Stream(recipe(), DataRecipe(), later, 40, CPU).batches(7, 10))
+    list(Stream(recipe(), DataRecipe(), later, Order(40), CPU).batches(7, 10))
     assert later.asked == reader.asked[7:]
 
 
@@ -209,7 +210,7 @@ def test_large_photos_are_decoded_at_the_scale_their_crops_allow(tmp_path, micro
     given = recipe(size=8, micro=micro)
     source = scan(tmp_path, progress=False)
     with ImageReader(source, workers=2) as reader:
-        stream = Stream(given, DataRecipe(workers=1), reader, 4, CPU)
+        stream = Stream(given, DataRecipe(workers=1), reader, Order(4), CPU)
         batch = next(stream.batches(2, 3))
         reductions = set()
         for start in range(0, 8, batch.micro_size):
@@ -243,7 +244,7 @@ def test_gpu_batches_are_the_cpus(micro, channels):
     one = {} if channels == 3 else {"mean": (0.5,), "std": (0.2,)}
     given = recipe(micro=micro, **one)
     streams = [
-        Stream(given, DataRecipe(workers=2), Photos(), 40, device).batches(0, 12)
+        Stream(given, DataRecipe(workers=2), Photos(), Order(40), device).batches(0, 12)
         for device in (CPU, torch.device("cuda"))
     ]
     for cpu, gpu in zip(*streams, strict=True):

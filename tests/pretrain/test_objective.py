@@ -45,7 +45,7 @@ def networks(dtype=torch.float64, heads=HEADS) -> tuple[Network, Network]:
 
 def one_step(micro: int, dtype: torch.dtype, loss=None, heads=HEADS) -> tuple[float, dict[str, torch.Tensor], Network]:
     student, teacher = networks(dtype, heads)
-    objective = Objective(loss or LossRecipe(), student, teacher)
+    objective = Objective(loss or LossRecipe(), student, teacher, student.backbone.cls_token.dtype)
     optimiser = AdamW(student, teacher, 3, OptimRecipe())
     data = batch(micro=micro)
     targets = objective.targets(data, torch.tensor(0.05, dtype=dtype))
@@ -124,7 +124,7 @@ def literal_terms(data: Batch, student: Network, teacher: Network, temperature: 
 def test_the_terms_are_the_references_formulas(local_count):
     student, teacher = networks()
     data = batch(drop_path=0.0, local_count=local_count)
-    objective = Objective(LossRecipe(), student, teacher)
+    objective = Objective(LossRecipe(), student, teacher, student.backbone.cls_token.dtype)
     with torch.no_grad():
         terms = objective.terms(data, 0, objective.targets(data, torch.tensor(0.05, dtype=torch.float64)))
         expected = literal_terms(data, student, teacher, 0.05)
@@ -139,7 +139,7 @@ def test_the_scales_for_a_uniform_student():
     student, teacher = networks()
     for head in (student.dino_head, student.ibot_head):
         head.last_layer.weight_g.data.zero_()
-    objective = Objective(LossRecipe(), student, teacher)
+    objective = Objective(LossRecipe(), student, teacher, student.backbone.cls_token.dtype)
     data = batch()
     terms = objective.terms(data, 0, objective.targets(data, torch.tensor(0.05, dtype=torch.float64)))
     assert terms["dino_local"].item() == pytest.approx(6 / 8 * math.log(40))
@@ -150,7 +150,9 @@ def test_the_scales_for_a_uniform_student():
 def test_centering_is_lightlys_dino_loss():
     """Two global crops only, moving-average centering: lightly's loss on the same scores, for two steps."""
     student, teacher = networks()
-    objective = Objective(LossRecipe(centering="average", koleo=0.0), student, teacher)
+    objective = Objective(
+        LossRecipe(centering="average", koleo=0.0), student, teacher, student.backbone.cls_token.dtype
+    )
     data = batch(drop_path=0.0, local_count=0, probability=0.0)
     lightly = DINOLoss(output_dim=40, teacher_temp=0.05, warmup_teacher_temp=0.05, center_momentum=0.9).double()
     crops = data.crops("global", 0).double()
@@ -175,7 +177,9 @@ def test_centering_is_lightlys_dino_loss():
 
 def test_the_patch_loss_is_lightlys():
     student, teacher = networks()
-    objective = Objective(LossRecipe(centering="average", koleo=0.0), student, teacher)
+    objective = Objective(
+        LossRecipe(centering="average", koleo=0.0), student, teacher, student.backbone.cls_token.dtype
+    )
     data = batch(drop_path=0.0)
     masked = data.masked(0)
     crops = data.crops("global", 0).double()
@@ -195,7 +199,9 @@ def test_half_precision_stays_near(dtype):
     results = []
     for compute in (torch.float32, dtype):
         student, teacher = networks(torch.float32)
-        objective = Objective(LossRecipe(), *(working_copy(network, compute) for network in (student, teacher)))
+        objective = Objective(
+            LossRecipe(), *(working_copy(network, compute) for network in (student, teacher)), compute
+        )
         data = batch()
         terms = objective.terms(data, 0, objective.targets(data, torch.tensor(0.05)))
         total(terms).backward()  # scaled up it overflows fp16 here, and the loss scale of a run would be halved
@@ -208,7 +214,7 @@ def test_half_precision_stays_near(dtype):
 
 def test_nothing_masked_is_no_patch_loss():
     student, teacher = networks()
-    objective = Objective(LossRecipe(), student, teacher)
+    objective = Objective(LossRecipe(), student, teacher, student.backbone.cls_token.dtype)
     data = batch(probability=0.0)
     terms = objective.terms(data, 0, objective.targets(data, torch.tensor(0.05, dtype=torch.float64)))
     assert terms["ibot"].item() == 0

@@ -153,7 +153,7 @@ def decode_rate(reader: ImageReader, batch: int, seconds: float) -> Spread:
 def stream_rate(reader: ImageReader, recipe: DataRecipe, batch: int, seconds: float, device: torch.device) -> Spread:
     """Images per second of the batches of a `Stream`, their crops rendered on `device`."""
     draws = StreamRecipe(0, BatchRecipe(batch, 0, batch), CropRecipe(), MaskRecipe(), patch=14, depth=12, drop_path=0.3)
-    with closing(Stream(draws, recipe, reader, len(reader.source), device).batches(0, 2**27)) as batches:
+    with closing(Stream(draws, recipe, reader, reader.source.order, device).batches(0, 2**27)) as batches:
 
         def step() -> None:
             crops = next(batches)

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     MASK_BLOCKS = 3
     STOCHASTIC_DEPTH = 4
     WEIGHTS = 5
+    WINDOW = 6
 
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -67,7 +68,9 @@ def permutation(seed: int, stream: Stream, position: Integers | int, n: int, *, 
     return np.argsort(uniform(seed, stream, position, n, offset=offset), axis=-1, kind="stable")
 
 
-def shuffled_index(seed: int, epoch: Integers, index: Integers, n: int) -> Integers:
+def shuffled_index(
+    seed: int, epoch: Integers, index: Integers, n: int, *, stream: Stream = Stream.ORDER
+) -> Integers:
     """Where sample `index` of `epoch` lies in the data: a keyed permutation of 0 … n-1 for every epoch, in O(1) memory.
 
     Four Feistel rounds with Philox as the round function permute the smallest power of four that holds n; values beyond
@@ -83,7 +86,7 @@ def shuffled_index(seed: int, epoch: Integers, index: Integers, n: int) -> Integ
     while outside.any():
         left, right, when = value[outside] >> shift, value[outside] & mask, epochs[outside]
         for turn in range(4):
-            tag = np.full_like(right, (turn << 8) | int(Stream.ORDER))
+            tag = np.full_like(right, (turn << 8) | int(stream))
             noise = philox((right, when & _LOW, when >> _SHIFT, tag), key)[0]
             left, right = right, (left ^ noise) & mask
         value[outside] = (left << shift) | right

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from opsin.data.decode import DecodeError, Header, header, shown, why
+from opsin.data.order import Order
 from opsin.errors import OpsinError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -52,6 +53,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def order(self) -> Order:
+        """Any image can follow any."""
+        return Order(len(self))
 
     def path(self, index: int) -> Path:
         """Where image `index` lies."""

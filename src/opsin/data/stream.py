@@ -13,19 +13,21 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opsin import ranks
 from opsin.data.crops import KINDS, CropPlan, CropRecipe, Kind, draw_crops, reduction, render
 from opsin.data.decode import Reduction, Scale
 from opsin.data.masks import MaskRecipe, draw_masks, masked_bound
+from opsin.data.order import Order
 from opsin.data.packed import PackedCrops, can_pack
 from opsin.data.reader import ImageReader, PendingImages
-from opsin.data.rng import Integers, permutation, shuffled_index
+from opsin.data.rng import Integers, permutation
 from opsin.data.rng import Stream as RandomStream
 from opsin.errors import FINITE, OpsinError, within
 
@@ -35,20 +37,22 @@ class DataRecipe:
     """How images are read."""
 
     workers: int = 0
-    """Decoding threads; 0 takes one per core."""
+    """Decoding threads of a process; 0 takes its share of the cores."""
     ahead: int = 2
     """Steps whose images are decoded ahead."""
     max_bad_fraction: float = 0.01
     """Share of unreadable images above which the run stops; below it they are logged and replaced."""
     upsample: bool = False
     """Accept images whose shorter side is below the global crop; they are enlarged."""
+    bad_shards: Literal["skip", "stop"] = "skip"
+    """Leave out shards that are cut short or damaged, naming them, or stop the run."""
 
     def __post_init__(self) -> None:
         within(self, "data.", workers=(0, 4096), ahead=(0, 1000), max_bad_fraction=(0, 1))
 
     def threads(self) -> int:
         """Decoding threads to start."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or max(1, (os.cpu_count() or 1) // ranks.on_this_node())
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class BatchRecipe:
     size: int = 64
     """Images of one optimiser step. DINO and iBOT are balanced over all of them, however they are split."""
     micro: int = 0
-    """Images that go through the student at a time; 0 takes the whole batch. Does not change the result."""
+    """Images that go through a process's student at a time; 0 takes its whole share of the batch. Fewer are taken if
+    the share asks for it. Does not change the result."""
     group: int = 64
     """Images among which mask ratios, KoLeo's neighbours and the samples of stochastic depth are drawn together
     (a GPU's batch in the reference: 32 for ViT-L/14, 12 for ViT-g/14). Changes the result a little."""
@@ -78,10 +83,23 @@ class BatchRecipe:
                 f"{self.size}: try {', '.join(map(str, fitting))}, or a smaller batch.group."
             )
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of a step."""
-        return self.size // (self.micro or self.size)
+    def split(self, processes: int) -> tuple[int, int]:
+        """Images of a step that each of some processes takes, and how many of these go through the student at a time.
+
+        Raises:
+            OpsinError: the groups cannot be shared out equally.
+        """
+        if self.size % (processes * self.group):
+            unit, smaller = processes * self.group, self.size // processes
+            sizes = sorted({max(unit, self.size // unit * unit), (self.size // unit + 1) * unit})
+            instead = f", or batch.group {smaller}" if self.size % processes == 0 and smaller >= 2 else ""
+            raise OpsinError(
+                f"batch.size {self.size} is {self.size // self.group} groups of batch.group {self.group}, which "
+                f"{processes} processes cannot share equally: try batch.size {' or '.join(map(str, sizes))}{instead}."
+            )
+        share = self.size // processes
+        most = min(self.micro or share, share)
+        return share, next(m for m in range(most // self.group * self.group, 0, -self.group) if share % m == 0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,19 @@ class StreamRecipe:
     """Blocks of the backbone, for stochastic depth."""
     drop_path: float
     """Share of a group's samples that each branch of each block leaves out."""
+
+
+class Share(NamedTuple):
+    """The part of every step's batch that one process of a run takes: the images of `rank`, of `ranks` equal parts."""
+
+    rank: int = 0
+    """From 0."""
+    ranks: int = 1
+    """Processes that share the batch."""
+
+
+ALONE = Share()
+"""All of it."""
 
 
 class Masked(NamedTuple):
@@ -128,21 +159,25 @@ class Batch:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         scales: Sequence[Scale] | None = None,
+        share: Share = ALONE,
     ) -> None:
         """Draw everything, and for a CUDA device copy images and plans into pinned memory.
 
         Args:
             recipe: what is drawn.
             step: the training step.
-            images: `[C, H, W]` in host memory, those of the whole step. For a CUDA device best 8-bit RGB: other images
-                are cropped by plain torch operations there.
+            images: `[C, H, W]` in host memory, those of this share of the step. For a CUDA device best 8-bit RGB: other
+                images are cropped by plain torch operations there.
             device: where the crops are computed.
             dtype: of the crops.
             scales: what each image is a fraction of; None if all are whole.
+            share: the part of the step's images that these are.
         """
         self.recipe, self.step, self.device, self.dtype = recipe, step, device, dtype
-        self.micro_batches = recipe.batch.micro_batches
-        self.micro_size = b = recipe.batch.size // self.micro_batches
+        size, self.micro_size = recipe.batch.split(share.ranks)
+        self.micro_batches, b = size // self.micro_size, self.micro_size
+        self._first = share.rank * size
+        """Of these images, in the step's batch."""
         self._kept_crops: dict[Kind, Tensor] = {}
         self._images = [images[start : start + b] for start in range(0, len(images), b)]
         sizes = np.array([tuple(scale) for scale in scales] if scales else [(*image.shape[-2:], 1) for image in images])
@@ -158,7 +193,7 @@ class Batch:
     def _draw_crops(self, first: int, sizes: Integers) -> dict[Kind, CropPlan]:
         """Of the images from `first` on, whose height, width and reduction are `sizes` `[b, 3]`."""
         crops, seed = self.recipe.crops, self.recipe.seed
-        positions = self.step * self.recipe.batch.size + first + np.arange(len(sizes))
+        positions = self.step * self.recipe.batch.size + self._first + first + np.arange(len(sizes))
         return {kind: draw_crops(crops, kind, seed, positions, sizes[:, :2], sizes[:, 2]) for kind in KINDS}
 
     def crops(self, kind: Kind, micro: int) -> Tensor:
@@ -235,8 +270,8 @@ class Batch:
         return kept
 
     def _groups(self, micro: int) -> Integers:
-        per_micro = self.micro_size // self.recipe.batch.group
-        return np.arange(micro * per_micro, (micro + 1) * per_micro, dtype=np.int64)
+        first = (self._first + micro * self.micro_size) // self.recipe.batch.group
+        return np.arange(first, first + self.micro_size // self.recipe.batch.group, dtype=np.int64)
 
 
 class Stream:
@@ -247,9 +282,10 @@ class Stream:
         recipe: StreamRecipe,
         data: DataRecipe,
         reader: ImageReader,
-        images: int,
+        order: Order,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        share: Share = ALONE,
     ) -> None:
         """Check that the crops fit the patch.
 
@@ -257,23 +293,27 @@ class Stream:
             recipe: what the batches contain.
             data: how images are read.
             reader: of the source.
-            images: number of images in the source.
+            order: of the source's images.
             device: where crops, masks and kept samples are wanted.
             dtype: of the crops.
+            share: the part of every step that this process takes.
         """
         side, patch = recipe.crops.global_size, recipe.patch
         for name, size in (("global_size", side), ("local_size", recipe.crops.local_size)):
             if size % patch:
                 nearest = max(1, size // patch) * patch
                 raise OpsinError(f"crops.{name} {size} is not a multiple of backbone.patch {patch}: try {nearest}.")
-        self.recipe, self.data, self.reader, self.images = recipe, data, reader, images
-        self.device, self.dtype = device, dtype
+        self.recipe, self.data, self.reader, self.order = recipe, data, reader, order
+        self.device, self.dtype, self.share = device, dtype, share
+
+    def _positions(self, step: int) -> Integers:
+        """Of this share of a step, counted from the run's first image."""
+        size, _ = self.recipe.batch.split(self.share.ranks)
+        return step * self.recipe.batch.size + self.share.rank * size + np.arange(size, dtype=np.int64)
 
     def indices(self, step: int) -> Integers:
-        """The images of a step, as indices into the source."""
-        size = self.recipe.batch.size
-        position = step * size + np.arange(size, dtype=np.int64)
-        return shuffled_index(self.recipe.seed, position // self.images, position % self.images, self.images)
+        """The images of this share of a step, as indices into the source."""
+        return self.order.indices(self.recipe.seed, self._positions(step))
 
     def batches(self, first: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps `first` to `stop - 1`, decoded ahead.
@@ -305,12 +345,12 @@ class Stream:
         return batch
 
     def _reductions(self, step: int) -> list[Reduction]:
-        first, size = step * self.recipe.batch.size, self.recipe.batch.size
-        return [partial(reduction, self.recipe.crops, self.recipe.seed, first + image) for image in range(size)]
+        seed = self.recipe.seed
+        return [partial(reduction, self.recipe.crops, seed, position) for position in self._positions(step).tolist()]
 
     def _batch(self, step: int, images: PendingImages) -> Batch:
         decoded, scales = zip(*images.scaled(), strict=True)
-        batch = Batch(self.recipe, step, decoded, self.device, self.dtype, scales)
+        batch = Batch(self.recipe, step, decoded, self.device, self.dtype, scales, self.share)
         if self.device.type == "cpu" and batch.micro_batches == 1:
             batch.crops("global", 0)
             if self.recipe.crops.local_count:

@@ -21,13 +21,14 @@ def update(slot: Slot, numbers: Tensor, part: int, recipe: OptimRecipe) -> None:
         part: which of these factors is the parameter's.
         recipe: betas and epsilon.
     """
-    weight, grad = slot.weight.data, slot.weight.grad
-    assert grad is not None
-    arrays = (weight, grad, slot.mean, slot.square, slot.teacher)
+    weight = slot.weight
+    arrays = (weight, slot.grad, slot.mean, slot.square, slot.teacher)
     if not all(a.is_contiguous() for a in arrays):
         raise ValueError("weights, gradients and moments must be contiguous")
     copies = slot.copies or (weight, weight)
     count = weight.numel()
+    if not count:  # this process holds nothing of it
+        return
     with torch.cuda.device_of(weight):
         update_kernel[(triton.cdiv(count, ELEMENTS),)](
             *arrays, *copies, numbers, count, slot.group.rate, *recipe.betas, recipe.epsilon,

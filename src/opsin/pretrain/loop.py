@@ -3,45 +3,36 @@
     images → batches of crops → teacher's targets → student's losses → clipped gradients → AdamW → teacher's average
 
 Everything that a step sees is a function of (seed, step), so the state of a run is: both networks, the moments, the
-step. The same command goes on where a stopped or killed run left off, bit for bit on a CPU.
+step. The same command goes on where a stopped or killed run left off, bit for bit on a CPU; on any number of processes,
+each of which takes its share of every batch.
 """
 
 import contextlib
-import fcntl
-import json
-import os
-import platform
-import signal
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from torch import Tensor
 
-import opsin
-from opsin.backbone import weights
-from opsin.data.decode import DECODER
+from opsin import ranks
 from opsin.data.masks import draw_masks
+from opsin.data.order import Order
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, Summary, scan, summarise
-from opsin.data.stream import Stream
+from opsin.data.stream import Share, Stream
 from opsin.errors import OpsinError
-from opsin.machine import check_precision, commit, pick_device
-from opsin.pretrain import checkpoint
+from opsin.machine import check_precision, pick_device
+from opsin.pretrain import checkpoint, parallel
+from opsin.pretrain.checkpoint import Checkpoints
+from opsin.pretrain.folder import copy, describe, disk_errors, make_folder, only_run, write
 from opsin.pretrain.monitor import Metrics, Skips, Terminal
 from opsin.pretrain.objective import total
-from opsin.pretrain.recipe import Recipe, read, to_yaml
+from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import scheduled
 from opsin.pretrain.step import Step
-
-FREE_TO_CHANGE = ("data.workers", "data.ahead", "batch.micro", "checkpoint", "log_every", "max_skipped", "graphs")
-"""Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
+from opsin.pretrain.stop import lost_processes, stop_signal
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,22 @@ class Finished:
         return self.out / "backbone.safetensors"
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What the first process finds before anything runs."""
+
+    first: int
+    """Finished steps of the run in the folder; 0 if there is none."""
+    spread: parallel.Spread
+    """Of the model over the processes."""
+    fingerprint: str
+    """Of the images."""
+    said: str
+    """What will run on what."""
+    files: dict[str, str]
+    """Names and contents of what is written when the run begins."""
+
+
 def pretrain(
     recipe: Recipe,
     data: str | Path,
@@ -75,7 +82,7 @@ def pretrain(
     Args:
         recipe: all settings; `opsin.pretrain.recipe.preset(name)` gives the named ones.
         data: a folder of any depth, or a text file that lists images.
-        out: folder of the run; if it holds one already, that run goes on.
+        out: folder of the run; if it holds one already, that run goes on. All processes must see it.
         device: "cuda", "mps" or "cpu"; by default the first of these that is there.
         accept_changes: go on although recipe, data or image decoder differ from those the run began with.
         quiet: no progress on stderr.
@@ -83,29 +90,49 @@ def pretrain(
     Raises:
         OpsinError: for anything the user can mend: bad settings, unreadable data, a full disk, NaN gradients.
     """
-    out, on = _folder(Path(out)), pick_device(device)
+    out, on = Path(out), pick_device(device)
     check_precision(recipe.precision, on)
-    _check_masks(recipe)
-    source = scan(data, cache=out / "cache", progress=not quiet)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disk_errors(out))
-        stack.enter_context(_only_run(out))
-        done = checkpoint.steps(out)
-        first = done[-1] if done else 0
-        if first > recipe.steps:
-            raise OpsinError(f"{out} holds a run of {first} steps already: give --steps {first} or more.")
+        stack.enter_context(ranks.started(on, recipe.parallel.timeout))
+        stack.enter_context(disk_errors(out))
+        stack.enter_context(lost_processes(out))
+        share, quiet = Share(ranks.rank(), ranks.count()), quiet or not ranks.first()
+
+        def begin() -> Beginning:
+            make_folder(out)
+            _check_masks(recipe)
+            spread = _spread(recipe, on)
+            source = scan(data, cache=out / "cache", progress=not quiet)
+            stack.enter_context(only_run(out))
+            done = checkpoint.steps(out)
+            first = done[-1] if done else 0
+            if first > recipe.steps:
+                raise OpsinError(f"{out} holds a run of {first} steps already: give --steps {first} or more.")
+            summary = summarise(source, workers=recipe.data.threads(), progress=not quiet)
+            _check_sizes(recipe, source, summary)
+            settings = {"resumed": bool(done), "accept_changes": accept_changes}
+            said, files = describe(recipe, source, summary, out, on, spread, **settings)
+            checkpoint.clean(out)
+            return Beginning(first, spread, source.fingerprint, said, files)
+
+        beginning = ranks.by_first(begin)
+        first = beginning.first
+        source = scan(data, cache=out / "cache", progress=False)
+        if source.fingerprint != beginning.fingerprint:
+            raise OpsinError(f"{data} holds other images here than for the first process: give one that all can see.")
         terminal = Terminal(recipe.steps, first, quiet=quiet)
         stack.callback(terminal.close)
-        description = _describe(recipe, source, out, on, terminal, resumed=bool(done), accept_changes=accept_changes)
+        terminal.say(beginning.said)
 
-        train = Step(recipe, on)
+        train = Step(recipe, on, beginning.spread)
         skips = Skips(on, recipe.max_skipped)
-        state = train.state()
-        checkpoint.clean(out)
+        checkpoints = stack.enter_context(Checkpoints(out, train.state(), recipe.backbone, recipe.checkpoint.keep))
         if first:
-            checkpoint.load(out, first, state)
+            checkpoints.load(first)
             train.loaded()
             terminal.say(f"going on from the checkpoint of step {first}")
+        else:
+            terminal.say(checkpoints.self_test())
 
         reader = stack.enter_context(
             ImageReader(
@@ -115,24 +142,21 @@ def pretrain(
                 log=out / "unreadable.jsonl",
             )
         )
-        stream = Stream(recipe.stream(), recipe.data, reader, len(source), on, train.dtype)
-        for name, text in description.items():  # only now: the checkpoint fits, and a refused run stays as it was
-            _write(out / name, text)
-        metrics = Metrics(out / "metrics.jsonl", first)
-        stack.callback(metrics.close)
-        stop = stack.enter_context(_stop_signal())
+        stream = Stream(recipe.stream(), recipe.data, reader, Order(len(source)), on, train.dtype, share)
+        if ranks.first():
+            for name, text in beginning.files.items():  # only now: the checkpoint fits, a refused run stays as it was
+                write(out / name, text)
+        metrics = Metrics(out / "metrics.jsonl", first) if ranks.first() else None
+        if metrics:
+            stack.callback(metrics.close)
+        stop = stack.enter_context(stop_signal())
 
-        def save(step: int) -> None:
-            _check_finite(state, step)
-            checkpoint.save(
-                out, step, state, train.teacher.backbone, {"recipe": asdict(recipe)}, recipe.checkpoint.keep
-            )
-
-        saved, step = first, first
+        meta = {"recipe": asdict(recipe)}
+        saved, step, ended_by = first, first, stop.agreed(checkpoints.failed)
         clock = time.perf_counter()
         waited, logged = 0.0, first
         batches = stack.enter_context(contextlib.closing(stream.batches(first, recipe.steps)))
-        while step < recipe.steps and not stop.signal:
+        while step < recipe.steps and not ended_by:
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
@@ -144,7 +168,8 @@ def pretrain(
 
             if step % recipe.log_every == 0 or step == recipe.steps:
                 skipped = skips.check(outcome.norms, terminal.say)
-                terms = {name: float(term) for name, term in outcome.terms.items()}
+                sums = ranks.sum_(torch.stack(list(outcome.terms.values()))).tolist()
+                terms = dict(zip(outcome.terms, sums, strict=True))
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 record = {
                     "step": step,
@@ -159,42 +184,33 @@ def pretrain(
                     "step_seconds": elapsed / (step - logged),
                     "data_seconds": waited / (step - logged),
                 }
-                metrics.write(record)
+                if metrics:
+                    metrics.write(record)
                 terminal.show(record)
                 waited, logged = 0.0, step
             if step % recipe.checkpoint.every == 0:
-                save(step)
+                checkpoints.save(step, meta)
                 saved = step
+            ended_by = stop.agreed(checkpoints.failed)
 
         if saved != step:
-            save(step)
+            checkpoints.save(step, meta)
+        checkpoints.wait()
+        finished = Finished(out, step, None if step == recipe.steps else ended_by)
         if step == recipe.steps:
-            weights.save(train.teacher.backbone, out / "backbone.safetensors", {"step": str(step)})
+            if ranks.first():
+                copy(checkpoint.folder(out) / f"step-{step:08d}" / finished.backbone.name, finished.backbone)
         else:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
-        return Finished(out, step, None if step == recipe.steps else stop.signal)
+        return finished
 
 
-@contextlib.contextmanager
-def _only_run(out: Path) -> Iterator[None]:
-    """Hold the run's folder: two runs would write into each other's checkpoints."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OpsinError(
-                f"another run is writing into {out}: wait for it, stop it, or choose another --out."
-            ) from None
-        yield
-
-
-def _check_finite(state: Mapping[str, Tensor], step: int) -> None:
-    bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise OpsinError(
-            f"{len(bad)} tensors of the run, such as {bad[0]}, hold NaN or infinity after step {step}: nothing was "
-            "saved, and the last checkpoint is intact. Start again with a lower --schedule.rate in another --out."
-        )
+def _spread(recipe: Recipe, device: torch.device) -> parallel.Spread:
+    """How this run's model is spread over its processes, by the memory of the GPU if it has one."""
+    recipe.batch.split(ranks.count())  # refuses a batch that cannot be shared out before anything begins
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    needed = partial(parallel.state_bytes, parallel.count_parameters(recipe.backbone, recipe.heads), recipe.precision)
+    return parallel.choose(recipe.parallel, needed, ranks.count(), ranks.on_this_node(), memory)
 
 
 def _check_masks(recipe: Recipe) -> None:
@@ -209,101 +225,6 @@ def _check_masks(recipe: Recipe) -> None:
         )
 
 
-def _folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OpsinError(f"cannot write into --out {out}: {error.strerror}. Choose another folder.") from None
-    return out
-
-
-def _describe(
-    recipe: Recipe,
-    source: Source,
-    out: Path,
-    device: torch.device,
-    terminal: Terminal,
-    *,
-    resumed: bool,
-    accept_changes: bool,
-) -> dict[str, str]:
-    """Say what will run on what, refuse to go on with another recipe or data; returns recipe.yaml and run.json."""
-    summary = summarise(source, workers=recipe.data.threads())
-    terminal.say(str(summary))
-    _check_sizes(recipe, source, summary)
-    facts = {
-        "opsin": opsin.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "decoder": DECODER,
-        "seed": recipe.seed,
-        "git": commit(),
-        "data": {"root": str(source.root), "images": len(source), "fingerprint": source.fingerprint},
-    }
-    recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
-    if resumed and not accept_changes:
-        before = _facts(facts_path)
-        changed = _differences(asdict(read(recipe_path)), asdict(recipe))
-        if before["data"]["fingerprint"] != source.fingerprint:
-            changed.append(f"the images ({before['data']['images']} then, {len(source)} now)")
-        if before["decoder"] != DECODER:
-            changed.append(f"the image decoder ({before['decoder']} then, {DECODER} now)")
-        if changed:
-            raise OpsinError(
-                f"{out} holds a run that differs in {'; '.join(changed)}: give the settings it began with, another "
-                "--out, or --accept-changes."
-            )
-    batch = recipe.batch
-    terminal.say(
-        f"{recipe.steps} steps of {batch.size} images ({batch.micro_batches} × {batch.size // batch.micro_batches}) on "
-        f"{facts['device']} in {recipe.precision}: {recipe.steps * batch.size / len(source):.1f} epochs; run in {out}"
-    )
-    return {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """What run.json says of the run that began in this folder."""
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text())
-        facts["decoder"], facts["data"]["fingerprint"], facts["data"]["images"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise OpsinError(
-            f"{path} is missing or damaged, so nothing says what the run beside it was made with: give "
-            "--accept-changes to go on regardless, or another --out."
-        ) from None
-    return facts
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """A full or failing disk, in whichever file of the run it is met, as one sentence."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        done = checkpoint.steps(out)
-        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
-        raise OpsinError(
-            f"cannot read or write the files of the run {out}: {error.strerror}; {left}. Free some space or choose "
-            "another --out, then give the same command again."
-        ) from None
-
-
 def _check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:
     side, smallest = recipe.crops.global_size, min(summary.width[0], summary.height[0])
     if not recipe.data.upsample and 0 < smallest < side:
@@ -311,43 +232,3 @@ def _check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:
             f"the smallest image of {source.root} has a side of {smallest} pixels, below the global crop of {side}: "
             "give a smaller --crops.global-size, remove such images, or accept enlarged ones with --data.upsample."
         )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of fields that differ and are not free to change, with both values."""
-    found = []
-    for name, value in now.items():
-        dotted = prefix + name
-        if dotted in FREE_TO_CHANGE or before.get(name) == value:
-            continue
-        if isinstance(value, Mapping) and isinstance(before.get(name), Mapping):
-            found += _differences(before[name], value, dotted + ".")
-        else:
-            found.append(f"{dotted} ({before.get(name)} then, {value} now)")
-    return found
-
-
-class _Stop:
-    signal: int | None = None
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """Ctrl-C, SIGTERM and a lost terminal end the run after the step in progress; a second Ctrl-C ends it at once."""
-    stop = _Stop()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    except ValueError:  # not in the main thread: the caller's signals stay the caller's
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,22 +1,61 @@
-"""What a run says of itself: `metrics.jsonl`, a line in the terminal, and a name for what went wrong.
+"""Where a run says how it goes: `metrics.jsonl`, and a line in the terminal.
 
-A record holds: step (finished steps), images, epoch, loss and its parts loss.dino, loss.dino_global, loss.dino_local,
-loss.ibot, loss.koleo, grad_norm.<part> (before clipping), rate, decay, momentum, teacher_temperature, skipped (steps
-left out so far), images_per_second, step_seconds and data_seconds (of that, waiting for images).
+A record holds:
+
+    step, images, epoch                     finished steps, images seen, passes over the data
+    loss                                    the sum of loss.dino, loss.ibot and loss.koleo
+    loss.dino, .dino_global, .dino_local, .ibot, .koleo     its terms; KoLeo's may be negative
+    grad_norm.<part>                        of backbone, dino_head and ibot_head, before clipping
+    teacher.entropy, .use, .agreement, .spread, .rank       of the teacher's assignments, see `measures`
+    student.divergence                      KL divergence of the student's assignments, see `measures`
+    rate, last_layer_rate, decay, momentum, teacher_temperature     of the step, as the schedule and the doctor have it
+    skipped                                 steps left out so far, because their gradients were not finite
+    lowered                                 how many times the doctor has lowered the rate, see `diagnosis`
+    images_per_second, step_seconds, data_seconds           the last is the part of a step spent waiting for images
+    probe.rank, probe.knn                   every monitor.probe_every steps: of the fixed set of images, see `probe`
+
+What is wrong with a run gets a name in `diagnosis`; `watch` brings all of it together.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from opsin.errors import OpsinError
+from opsin.errors import FINITE, OpsinError, within
+
+
+@dataclass(frozen=True)
+class MonitorRecipe:
+    """How a run watches itself."""
+
+    policy: Literal["warn", "lower", "stop"] = "lower"
+    """When the features collapse or the run diverges: say so, multiply the rate by lower_by for the rest of the run, or
+    stop. Gradients that are not finite are left out in any case, see max_skipped."""
+    lower_by: float = 0.5
+    """Factor of the rate, for policy: lower."""
+    lower_most: int = 3
+    """How many times the rate may be lowered; if that does not help, the run stops."""
+    probe_every: int = 1_000
+    """Steps between looks at the probe set through the teacher: rank, kNN and a PCA picture; 0 never looks."""
+    probe_images: int = 256
+    """Images of the probe set, drawn by the seed; the data is checked for copies and empty images by them too."""
+    labelled: str = ""
+    """A folder with one sub-folder per class from which the probe set is drawn, for an online kNN; without it the data
+    itself, whose kNN is measured if its images lie in sub-folders."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where records go besides metrics.jsonl, which is always written."""
+
+    def __post_init__(self) -> None:
+        within(self, "monitor.", lower_by=(1e-3, 0.99), lower_most=(0, 100), probe_every=(0, FINITE))
+        within(self, "monitor.", probe_images=(2, 100_000))
 
 
 class Metrics:

@@ -84,19 +84,19 @@ class StepTargets:
 class Objective:
     """Computes the loss of `student` against `teacher`; owns the centres when centering is a moving average.
 
-    The networks compute in the type of their parameters; prototypes and sums are at least fp32. The work on tensors of
+    The networks compute in `dtype`; prototypes and sums are at least fp32. Where several processes share a batch, each
+    computes its part of it, and assignments are balanced over all of it. The work on tensors of
     static shape is in `look`, `balance` and `losses`, which a GPU can record (see `step.py`).
     """
 
-    def __init__(self, loss: LossRecipe, student: Network, teacher: Network) -> None:
-        self.loss, self.student, self.teacher = loss, student, teacher
-        self.dtype = student.backbone.cls_token.dtype
+    def __init__(self, loss: LossRecipe, student: Network, teacher: Network, dtype: torch.dtype) -> None:
+        self.loss, self.student, self.teacher, self.dtype = loss, student, teacher, dtype
+        weight = student.dino_head.last_layer.weight_g
         # Scores need products with an fp32 result, which a CPU has not for half precision: rounding would gain nothing.
-        on_cpu = student.backbone.cls_token.device.type == "cpu"
-        self.scores_dtype = student.dino_head.last_layer.weight_g.dtype if on_cpu else self.dtype
+        self.scores_dtype = weight.dtype if weight.device.type == "cpu" else dtype
         prototypes = (teacher.dino_head.last_layer, teacher.patch_head.last_layer)
         self.centres = {
-            name: layer.weight_g.new_zeros(len(layer.weight_g))
+            name: torch.zeros(len(layer.weight_g), dtype=weight.dtype, device=weight.device)
             for name, layer in zip(("image", "patch"), prototypes, strict=True)
             if loss.centering == "average"
         }

@@ -14,8 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from opsin import ranks
 from opsin.errors import FINITE, within
 from opsin.machine import has_triton
 
@@ -77,12 +79,13 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 
 class Slot(NamedTuple):
-    """A parameter with everything that one update reads and writes, each of its shape."""
+    """What this process holds of a parameter, with everything that one update reads and writes, each of its shape."""
 
     part: str
     """Of the network: backbone, dino_head or ibot_head, which are clipped each by itself."""
     group: Group
-    weight: nn.Parameter
+    weight: Tensor
+    grad: Tensor
     mean: Tensor
     square: Tensor
     teacher: Tensor
@@ -111,6 +114,8 @@ class Clipped(NamedTuple):
     """Whether all norms are finite, a boolean on the device."""
 
 
+ALIGNMENT = 64
+"""Elements: 256 bytes in fp32."""
 PIECE = 2**16
 """Elements that a CPU updates at a time, so that a parameter's seven arrays stay in its cache."""
 
@@ -120,7 +125,8 @@ class AdamW:
 
     `student` and `teacher` hold the weights. Where other networks compute with copies of them in lower precision (see
     `step.working_copy`), these are given too. Gradients are accumulated into `student`'s `.grad`, which an update
-    leaves at zero.
+    leaves at zero. Weights may be sharded (DTensor): then each process updates its own shards, and `shards` is the
+    group of processes that hold one model together.
     """
 
     def __init__(
@@ -130,33 +136,50 @@ class AdamW:
         depth: int,
         recipe: OptimRecipe,
         working: tuple[nn.Module, nn.Module] | None = None,
+        shards: dist.ProcessGroup | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self.shards = recipe, shards
         teachers = dict(teacher.named_parameters())
         copies = [dict(network.named_parameters()) for network in working or (student, teacher)]
         self.slots: dict[str, Slot] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.gradients = None if shards is not None else _one_buffer(student)
+        """Of whole models, all gradients in one piece of memory: several processes sum them in one call."""
         for name, p in student.named_parameters():
-            p.grad = torch.zeros_like(p)
-            low = (copies[0][name].data, copies[1][name].data)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            self.moments[f"mean.{name}"] = torch.zeros_like(p.data)
+            self.moments[f"square.{name}"] = torch.zeros_like(p.data)
+            copied = None if copies[0][name] is p else (copies[0][name].data, copies[1][name].data)
             self.slots[name] = Slot(
                 part=name.partition(".")[0],
                 group=group_of(name, depth, recipe),
-                weight=p,
-                mean=torch.zeros_like(p),
-                square=torch.zeros_like(p),
-                teacher=teachers[name].data,
-                copies=None if low[0].data_ptr() == p.data_ptr() else low,
+                weight=local(p.data),
+                grad=local(p.grad),
+                mean=local(self.moments[f"mean.{name}"]),
+                square=local(self.moments[f"square.{name}"]),
+                teacher=local(teachers[name].data),
+                copies=copied,
             )
         device = next(iter(self.slots.values())).weight.device
         self.count = torch.zeros((), dtype=scalar_dtype(device), device=device)
+
+    def gather(self) -> None:
+        """Sum the gradients of whole models over all processes; sharded ones were summed in the backward."""
+        if self.gradients is not None:
+            ranks.sum_(self.gradients)
 
     @torch.no_grad()
     def clip(self, unscale: Tensor) -> Clipped:
         """Measure the gradients, which are `1 / unscale` times too large, and say how to clip each part."""
         norms, factors = {}, {}
         for part in dict.fromkeys(slot.part for slot in self.slots.values()):
-            grads = [slot.weight.grad for slot in self.slots.values() if slot.part == part]
-            norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None]) * unscale
+            grads = [slot.grad for slot in self.slots.values() if slot.part == part]
+            norm = torch.nn.utils.get_total_norm(grads) * unscale
+            if self.shards is not None:
+                square = norm.double().square()  # of large gradients it can leave fp32's range
+                dist.all_reduce(square, group=self.shards)
+                norm = square.sqrt().to(norm.dtype)
             norms[part], factors[part] = norm, unscale
             if self.recipe.clip:
                 factors[part] = unscale * (self.recipe.clip / (norm + 1e-6)).clamp(max=1)
@@ -183,7 +206,7 @@ class AdamW:
             return
         if not bool(clipped.finite):
             for slot in self.slots.values():
-                _gradient(slot).zero_()
+                slot.grad.zero_()
             return
         correction1, correction2 = (float(c) for c in corrections)
         rate, last_layer_rate, decay, momentum = (float(s) for s in scalars)
@@ -199,16 +222,13 @@ class AdamW:
                 correction=correction2,
                 average=1 - momentum,
             )
-            arrays = [slot.weight.data, _gradient(slot), slot.mean, slot.square, slot.teacher, *(slot.copies or ())]
+            arrays = [slot.weight, slot.grad, slot.mean, slot.square, slot.teacher, *(slot.copies or ())]
             for piece in zip(*(torch.split(a.view(-1), PIECE) for a in arrays), strict=True):
                 change(*piece)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps."""
-        kept = {"count": self.count}
-        kept.update({f"mean.{name}": slot.mean for name, slot in self.slots.items()})
-        kept.update({f"square.{name}": slot.square for name, slot in self.slots.items()})
-        return kept
+        return {"count": self.count, **self.moments}
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
@@ -219,9 +239,20 @@ class AdamW:
                 slot.copies[1].copy_(slot.teacher)
 
 
-def _gradient(slot: Slot) -> Tensor:
-    assert slot.weight.grad is not None
-    return slot.weight.grad
+def _one_buffer(network: nn.Module) -> Tensor:
+    """Zero gradients for all parameters, side by side, each beginning where a kernel likes to begin."""
+    parameters = list(network.parameters())
+    places = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+    buffer = torch.zeros(sum(places), dtype=parameters[0].dtype, device=parameters[0].device)
+    for p, piece in zip(parameters, torch.split(buffer, places), strict=True):
+        p.grad = piece[: p.numel()].view_as(p)
+    return buffer
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded; it shares the memory."""
+    shards = getattr(tensor, "to_local", None)  # of a DTensor, whose import takes most of a second
+    return tensor if shards is None else shards()
 
 
 def _update(

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from opsin import ranks
+
 CHUNK_SCORES = 2**25
 """Scores held at a time: 128 MiB in fp32. Fewer make the products slower on a CPU, more gain nothing."""
 CHUNK_SCORES_GPU = 2**26
@@ -83,9 +85,9 @@ class Prototypes(nn.Module):
         are at least fp32.
         """
         features, weight = features.to(dtype), self.weight().to(dtype)
-        rows = counted[:, None].expand(features.shape[:2]).flatten()
-        bias = sinkhorn_bias(features.flatten(0, 1), rows, weight, temperature, iterations)
-        bias = torch.where(counted.any(), bias, 0)  # a batch may hide no patch at all
+        counted_rows = counted[:, None].expand(features.shape[:2]).flatten()
+        bias = sinkhorn_bias(features.flatten(0, 1), counted_rows, weight, temperature, iterations)
+        bias = torch.where(bias.isinf().all(), 0, bias)  # a batch may hide no patch at all
         return Targets(features, weight, bias, temperature)
 
     @torch.no_grad()
@@ -96,8 +98,9 @@ class Prototypes(nn.Module):
     @torch.no_grad()
     def mean_scores(self, features: Tensor, counted: Tensor) -> Tensor:
         """Mean score `[K]` of the counted features of `[n, t, d]`: scores are linear, so the mean feature's suffice."""
-        share = counted / counted.sum().clamp(min=1)
-        return self.weight() @ torch.einsum("n,ntd->td", share.to(features.dtype), features).mean(0)
+        number = ranks.sum_(counted.sum()).clamp(min=1)
+        mean = ranks.sum_(torch.einsum("n,ntd->td", (counted / number).to(features.dtype), features).mean(0))
+        return self.weight() @ mean
 
     def forward(
         self, features: Tensor, targets: Targets, pairs: Tensor, weights: Tensor, temperature: float
@@ -175,12 +178,13 @@ def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
 def sinkhorn_bias(features: Tensor, counted: Tensor, weight: Tensor, temperature: Tensor, iterations: int) -> Tensor:
     """log u `[K]` after some Sinkhorn–Knopp iterations on exp(features Wᵀ / τ), for the counted features of `[N, d]`.
 
-    One visit to a chunk of rows gives the row scaling of the last iteration and the chunk's share of the next column
-    scaling. Constants that cancel in the softmax over prototypes are left out.
+    Rows of all processes are balanced together: K sums cross per iteration. One visit to a chunk of rows gives the row
+    scaling of the last iteration and the chunk's share of the next column scaling. Constants that cancel in the softmax
+    over prototypes are left out.
     """
     if features.device.type == "cpu" and features.dtype not in (torch.float16, torch.bfloat16) and len(features):
         largest = features.norm(dim=1).max() * weight.norm(dim=1).max() / temperature
-        if largest <= SAFE_SCORE:
+        if ranks.max_(largest) <= SAFE_SCORE:
             return _sinkhorn_of_exponentials(features / temperature, counted, weight, iterations)
     score_dtype = torch.promote_types(features.dtype, torch.float32)
     if len(features) == 0:
@@ -195,7 +199,7 @@ def sinkhorn_bias(features: Tensor, counted: Tensor, weight: Tensor, temperature
         for z, row in zip(torch.split(features, size), torch.split(log_row, size), strict=True):
             scores = _scores(z, weight, temperature)
             column = torch.logaddexp(column, visit(*scores, row, log_u, first=iteration == 0))
-        log_u = -column
+        log_u = -ranks.log_sum_exp_(column)
     return log_u
 
 
@@ -227,7 +231,7 @@ def _sinkhorn_of_exponentials(features: Tensor, counted: Tensor, weight: Tensor,
         for e, rows in zip(exponentials(size), torch.split(counted, size), strict=True):
             v = rows.to(e.dtype) if iteration == 0 else rows / (e @ u)
             column += v @ e
-        u = 1 / column
+        u = 1 / ranks.sum_(column)
     return u.log()
 
 

@@ -19,8 +19,10 @@ from opsin.data.masks import MaskRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe, StreamRecipe
 from opsin.errors import FINITE, OpsinError, unknown, within
 from opsin.pretrain.heads import HeadRecipe
+from opsin.pretrain.monitor import MonitorRecipe
 from opsin.pretrain.objective import LossRecipe
 from opsin.pretrain.optim import OptimRecipe
+from opsin.pretrain.parallel import ParallelRecipe
 from opsin.pretrain.schedules import ScheduleRecipe
 
 
@@ -63,8 +65,10 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
 
     def __post_init__(self) -> None:
         within(self, "", steps=(1, 2**28), log_every=(1, FINITE), max_skipped=(0, FINITE), seed=(0, 2**63 - 1))

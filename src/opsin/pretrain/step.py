@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from opsin import ranks
 from opsin.backbone.fused import fuse
 from opsin.backbone.graphs import Piece, Recorder
 from opsin.data.stream import Batch
 from opsin.machine import has_triton
-from opsin.pretrain.objective import Network, Objective, total
+from opsin.pretrain import parallel
+from opsin.pretrain.objective import Network, Objective, StepTargets, total
 from opsin.pretrain.optim import AdamW, LossScale, Scalars, scalar_dtype
+from opsin.pretrain.parallel import ALONE, Spread
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import Scheduled
 
@@ -36,32 +39,46 @@ class Outcome(NamedTuple):
     """What a step says of itself, all on the device."""
 
     terms: dict[str, Tensor]
-    """Of the loss, see `Objective.losses`."""
+    """Of the loss, see `Objective.losses`: this process's share of them."""
     norms: dict[str, Tensor]
     """Of the gradients of each part, before clipping."""
     finite: Tensor
     """Whether the gradients were; if not, the step has changed nothing."""
+    targets: StepTargets
+    """What the teacher made of this process's share of the batch."""
 
 
 class Step:
-    """Student, teacher and optimiser of a run, and the step that changes them."""
+    """Student, teacher and optimiser of a run, and the step that changes them.
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    Several processes share a step: each takes its part of the batch, and all have the same weights after it.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, spread: Spread = ALONE) -> None:
         self.device, self.dtype = device, DTYPES[recipe.precision]
-        self.student, self.teacher = build(recipe, device)
-        working = working_copy(self.student, self.dtype), working_copy(self.teacher, self.dtype)
+        grid = parallel.mesh(spread, device)
+        # A model that is to be cut up need not fit a GPU whole.
+        self.student, self.teacher = build(recipe, torch.device("cpu") if grid else device)
+        working = self.student, self.teacher
+        if grid is None:
+            working = working_copy(self.student, self.dtype), working_copy(self.teacher, self.dtype)
         for network in working:
             fuse(network.backbone)
-        self.objective = Objective(recipe.loss, *working)
-        self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working)
+        parallel.recompute(working[0], recipe.parallel.recompute)
+        if grid is not None:
+            for network in working:
+                parallel.shard(network, grid, self.dtype)
+        self.objective = Objective(recipe.loss, *working, self.dtype)
+        shards = parallel.shard_group(grid)
+        self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working, shards)
         self.loss_scale = LossScale(device, enabled=self.dtype == torch.float16)
         # Only the kernel updates without asking the device whether the gradients are finite.
         recordable = device.type == "cuda" and recipe.graphs and has_triton() and self.dtype != torch.float64
-        recorder = Recorder(device) if recordable else None
-        self.look, self.balance, self.learn, self.update = (
-            Piece(function, recorder)
-            for function in (self.objective.look, self.objective.balance, self._learn, self._update)
+        recorder = Recorder(device) if recordable and grid is None else None
+        self.look, self.learn, self.update = (
+            Piece(function, recorder) for function in (self.objective.look, self._learn, self._update)
         )
+        self.balance = Piece(self.objective.balance, recorder if ranks.count() == 1 else None)
 
     def __call__(self, batch: Batch, values: Scheduled) -> Outcome:
         """Train on a batch, with the scheduled values of its step."""
@@ -72,10 +89,12 @@ class Step:
         targets = self.objective.targets(batch, scalars.pop("teacher_temperature"), self.look, self.balance)
         sums: dict[str, Tensor] = {}
         for micro in range(batch.micro_batches):
+            parallel.last_micro_batch(self.student, micro == batch.micro_batches - 1)
             terms = self.learn(self.loss_scale.scale, *self.objective.inputs(batch, micro, targets))
             sums = {name: sums[name] + term if sums else term for name, term in terms.items()}
+        self.optimiser.gather()
         norms, finite = self.update(Scalars(**scalars))
-        return Outcome(sums, norms, finite)
+        return Outcome(sums, norms, finite, targets)
 
     def _learn(self, scale: Tensor, *inputs: Any) -> dict[str, Tensor]:
         terms = self.objective.losses(*inputs)

@@ -1,0 +1,165 @@
+"""The folder of a run: who may write into it, what it says of the run, and whether a resumed run is still that run."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import opsin
+from opsin import ranks
+from opsin.data.decode import DECODER
+from opsin.data.sources import Source, Summary
+from opsin.errors import OpsinError
+from opsin.machine import commit
+from opsin.pretrain import checkpoint
+from opsin.pretrain.parallel import Spread
+from opsin.pretrain.recipe import Recipe, read, to_yaml
+
+FREE_TO_CHANGE = (
+    "data.workers", "data.ahead", "batch.micro", "parallel", "checkpoint", "log_every", "max_skipped", "graphs",
+)  # fmt: skip
+"""Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
+
+
+def make_folder(out: Path) -> Path:
+    """Make the folder, or say why nothing can be written into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OpsinError(f"cannot write into --out {out}: {error.strerror}. Choose another folder.") from None
+    return out
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold the run's folder: two runs would write into each other's checkpoints."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OpsinError(
+                f"another run is writing into {out}: wait for it, stop it, or choose another --out."
+            ) from None
+        yield
+
+
+def describe(
+    recipe: Recipe,
+    source: Source,
+    summary: Summary,
+    out: Path,
+    device: torch.device,
+    spread: Spread,
+    *,
+    resumed: bool,
+    accept_changes: bool,
+) -> tuple[str, dict[str, str]]:
+    """What will run on what, in a sentence, and the contents of recipe.yaml and run.json.
+
+    Raises:
+        OpsinError: the run in this folder began with another recipe, other images or another decoder.
+    """
+    facts = {
+        "opsin": opsin.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
+        "spread": spread._asdict(),
+        "decoder": DECODER,
+        "seed": recipe.seed,
+        "git": commit(),
+        "data": {"root": str(source.root), "images": len(source), "fingerprint": source.fingerprint},
+    }
+    recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
+    if resumed and not accept_changes:
+        before = _facts(facts_path)
+        changed = _differences(asdict(read(recipe_path)), asdict(recipe))
+        if before["data"]["fingerprint"] != source.fingerprint:
+            changed.append(f"the images ({before['data']['images']} then, {len(source)} now)")
+        if before["decoder"] != DECODER:
+            changed.append(f"the image decoder ({before['decoder']} then, {DECODER} now)")
+        if changed:
+            raise OpsinError(
+                f"{out} holds a run that differs in {'; '.join(changed)}: give the settings it began with, another "
+                "--out, or --accept-changes."
+            )
+    share, micro = recipe.batch.split(ranks.count())
+    sentence = (
+        f"{recipe.steps} steps of {recipe.batch.size} images ({ranks.count()} × {share // micro} × {micro}) on "
+        f"{facts['device']} in {recipe.precision}, {spread}: "
+        f"{recipe.steps * recipe.batch.size / len(source):.1f} epochs; run in {out}"
+    )
+    return f"{summary}\n{sentence}", {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What run.json says of the run that began in this folder."""
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+        facts["decoder"], facts["data"]["fingerprint"], facts["data"]["images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OpsinError(
+            f"{path} is missing or damaged, so nothing says what the run beside it was made with: give "
+            "--accept-changes to go on regardless, or another --out."
+        ) from None
+    return facts
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """A full or failing disk, in whichever file of the run it is met, as one sentence."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        done = checkpoint.steps(out)
+        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
+        raise OpsinError(
+            f"cannot read or write the files of the run {out}: {error.strerror}; {left}. Free some space or choose "
+            "another --out, then give the same command again."
+        ) from None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of fields that differ and are not free to change, with both values."""
+    found = []
+    for name, value in now.items():
+        dotted = prefix + name
+        if dotted in FREE_TO_CHANGE or before.get(name) == value:
+            continue
+        if isinstance(value, Mapping) and isinstance(before.get(name), Mapping):
+            found += _differences(before[name], value, dotted + ".")
+        else:
+            found.append(f"{dotted} ({before.get(name)} then, {value} now)")
+    return found

@@ -1,0 +1,104 @@
+"""However a batch and a model are spread over processes, the losses and the weights are the same."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group import together
+from torch import Tensor
+
+from opsin import ranks
+from opsin.backbone.registry import architecture
+from opsin.data.crops import CropRecipe
+from opsin.data.stream import Batch, BatchRecipe, Share
+from opsin.pretrain.heads import HeadRecipe
+from opsin.pretrain.objective import LossRecipe
+from opsin.pretrain.parallel import ParallelRecipe, RecomputedBlock, Spread
+from opsin.pretrain.recipe import Recipe
+from opsin.pretrain.schedules import Scheduled
+from opsin.pretrain.step import Step
+
+CPU = torch.device("cpu")
+NOW = Scheduled(rate=1e-3, last_layer_rate=1e-3, decay=0.05, momentum=0.9, teacher_temperature=0.05)
+STEPS = 5
+
+
+def recipe(precision: str = "fp64", micro: int = 0, tied: bool = False, **changes: Any) -> Recipe:
+    return Recipe(
+        # widths and prototypes that neither 2 nor 4 processes can share out evenly
+        backbone=replace(architecture("vit_nano8"), width=36, heads=3, depth=3, layerscale=0.1),
+        precision=precision,
+        drop_path=0.3,
+        batch=BatchRecipe(size=16, micro=micro, group=4),
+        crops=CropRecipe(global_size=32, local_size=16, local_count=2),
+        heads=HeadRecipe(
+            tied=tied, dino_prototypes=61, dino_bottleneck=15, ibot_prototypes=47, ibot_bottleneck=16, hidden=30
+        ),
+        **changes,
+    )
+
+
+def train(settings: Recipe, spread: Spread) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Losses of the whole batch in every step, and all weights and moments after the last."""
+    step, share = Step(settings, CPU, spread), Share(ranks.rank(), ranks.count())
+    size, losses = settings.batch.size // share.ranks, []
+    for number in range(STEPS):
+        random = torch.Generator().manual_seed(number)
+        images = [torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=random) for _ in range(16)]
+        mine = images[share.rank * size :][:size]
+        outcome = step(Batch(settings.stream(), number, mine, CPU, step.dtype, share=share), NOW)
+        numbers = {name: ranks.sum_(term.double()) for name, term in outcome.terms.items()}
+        losses.append({name: float(n) for name, n in (numbers | outcome.norms).items()})
+    return losses, {name: whole(tensor).clone() for name, tensor in step.state().items()}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+CASES = {
+    "plain": recipe(),
+    "micro-batches": recipe(micro=4),
+    "recomputed": recipe(parallel=ParallelRecipe(recompute="selective")),
+    "tied, centred": recipe(tied=True, loss=LossRecipe(centering="average")),
+    "fp32": recipe("fp32"),
+    "bf16": recipe("bf16"),
+}
+SPREADS = {2: [Spread(2, 1), Spread(1, 2)], 4: [Spread(4, 1), Spread(1, 4), Spread(2, 2)]}
+
+
+def everything(number: int) -> dict[tuple[str, Spread], Any]:
+    cases = CASES if number == 2 else {name: CASES[name] for name in ("plain", "micro-batches", "fp32")}
+    return {(name, spread): train(settings, spread) for name, settings in cases.items() for spread in SPREADS[number]}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return {name: train(settings, Spread()) for name, settings in CASES.items()}
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_any_number_of_processes_and_any_spread_is_one_process(number, alone, tmp_path: Path):
+    for rank, found in enumerate(together(everything, number, tmp_path, number)):
+        for (name, spread), (losses, state) in found.items():
+            expected, weights = alone[name]
+            where = f"{name}, {spread}, rank {rank}"
+            # Of bf16 only that it is in the same place: sums of rounded gradients differ with their order.
+            close = {"fp32": 1e-5, "bf16": 3e-2}.get(name, 1e-10)
+            for mine, one in zip(losses[: 1 if name == "fp32" else STEPS], expected, strict=False):
+                assert mine == pytest.approx(one, rel=close), where
+            if name not in ("fp32", "bf16"):
+                assert state.keys() == weights.keys()
+                for key, tensor in state.items():
+                    assert torch.allclose(tensor, weights[key], rtol=0, atol=1e-10), f"{key}: {where}"
+            elif name == "fp32":
+                assert [one["dino"] for one in losses] == pytest.approx([one["dino"] for one in expected], rel=1e-3)
+
+
+def test_recomputed_blocks_are_the_same_blocks(alone):
+    step = Step(CASES["recomputed"], CPU)
+    kinds = [isinstance(block, RecomputedBlock) for block in step.student.backbone.blocks]
+    assert kinds == [True, False, True]
+    assert alone["recomputed"][0] == alone["plain"][0]

@@ -6,16 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from group import together
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from group import together
 from opsin import ranks
 from opsin.backbone.registry import architecture
 from opsin.data.crops import CropRecipe
 from opsin.data.stream import Batch, BatchRecipe, Share
+from opsin.errors import OpsinError
+from opsin.pretrain import prototypes
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.objective import LossRecipe
-from opsin.pretrain.parallel import ParallelRecipe, RecomputedBlock, Spread
+from opsin.pretrain.parallel import (
+    ParallelRecipe,
+    RecomputedBlock,
+    Spread,
+    choose,
+    count_parameters,
+    state_bytes,
+)
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import Scheduled
 from opsin.pretrain.step import Step
@@ -42,6 +53,7 @@ def recipe(precision: str = "fp64", micro: int = 0, tied: bool = False, **change
 
 def train(settings: Recipe, spread: Spread) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses of the whole batch in every step, and all weights and moments after the last."""
+    prototypes.SAFE_SCORE = 0.0 if settings is CASES["log domain"] else 30.0  # else a CPU takes exponentials
     step, share = Step(settings, CPU, spread), Share(ranks.rank(), ranks.count())
     size, losses = settings.batch.size // share.ranks, []
     for number in range(STEPS):
@@ -60,6 +72,7 @@ def whole(tensor: Any) -> Tensor:
 
 CASES = {
     "plain": recipe(),
+    "log domain": recipe(),
     "micro-batches": recipe(micro=4),
     "recomputed": recipe(parallel=ParallelRecipe(recompute="selective")),
     "tied, centred": recipe(tied=True, loss=LossRecipe(centering="average")),
@@ -102,3 +115,59 @@ def test_recomputed_blocks_are_the_same_blocks(alone):
     kinds = [isinstance(block, RecomputedBlock) for block in step.student.backbone.blocks]
     assert kinds == [True, False, True]
     assert alone["recomputed"][0] == alone["plain"][0]
+
+
+def test_the_spread_is_chosen_by_what_fits():
+    auto = ParallelRecipe()
+
+    def needed(shard: int) -> int:
+        return 800 // shard
+
+    assert choose(auto, needed, 1, 1, 10) == Spread(1, 1)
+    assert choose(auto, needed, 16, 8, None) == Spread(16, 1)  # on a CPU
+    assert choose(auto, needed, 16, 8, 2000) == Spread(16, 1)
+    assert choose(auto, needed, 16, 8, 1999) == Spread(2, 8)
+    assert choose(auto, needed, 16, 8, 249) == Spread(1, 16)
+    assert choose(auto, needed, 16, 8, 1) == Spread(1, 16)
+    assert choose(auto, needed, 3, 2, 500) == Spread(1, 3)  # no hybrid of 2 and 1
+    assert choose(ParallelRecipe(mode="hybrid"), needed, 16, 8, None) == Spread(2, 8)
+    assert choose(ParallelRecipe(mode="shard"), needed, 16, 8, 10**9) == Spread(1, 16)
+    with pytest.raises(OpsinError, match="hybrid needs the same number of processes on every machine, and 3 are not"):
+        choose(ParallelRecipe(mode="hybrid"), needed, 3, 2, None)
+
+
+def test_the_bytes_of_a_state_are_those_that_are_held():
+    for precision in ("fp32", "bf16"):
+        step = Step(recipe(precision), CPU)
+        held = [*step.student.parameters(), *step.teacher.parameters(), *step.optimiser.moments.values()]
+        held += [p.grad for p in step.student.parameters()]
+        for slot in step.optimiser.slots.values():
+            held += slot.copies or ()
+        found = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        parameters = count_parameters(recipe().backbone, recipe().heads)
+        predicted = state_bytes(parameters, precision)  # prototypes have no copies
+        assert found == predicted if precision == "fp32" else 0.9 * predicted < found < predicted
+
+
+def test_a_batch_that_cannot_be_shared_names_those_that_can():
+    batch = BatchRecipe(size=96, micro=0, group=32)
+    assert BatchRecipe(size=64, micro=32, group=8).split(4) == (16, 16)
+    assert BatchRecipe(size=96, micro=48, group=8).split(3) == (32, 32)
+    assert BatchRecipe(size=96, micro=24, group=8).split(3) == (32, 16)  # 24 does not divide 32
+    with pytest.raises(OpsinError) as error:
+        batch.split(2)
+    assert str(error.value) == (
+        "batch.size 96 is 3 groups of batch.group 32, which 2 processes cannot share equally: try batch.size 64 or "
+        "128, or batch.group 48."
+    )
+
+
+@given(ranks=st.integers(1, 64), groups=st.integers(1, 40), group=st.integers(2, 16), micro=st.integers(0, 80))
+def test_shares_are_whole_groups_and_micro_batches_divide_them(ranks, groups, group, micro):
+    batch = replace(BatchRecipe(size=ranks * groups * group, micro=0, group=group))
+    object.__setattr__(batch, "micro", micro * group)
+    share, part = batch.split(ranks)
+    assert share * ranks == batch.size
+    assert share % part == 0
+    assert part % group == 0
+    assert part <= max(micro * group, group) or micro == 0

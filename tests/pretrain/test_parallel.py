@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from group import together
 from opsin import ranks
@@ -108,6 +109,27 @@ def test_any_number_of_processes_and_any_spread_is_one_process(number, alone, tm
                     assert torch.allclose(tensor, weights[key], rtol=0, atol=1e-10), f"{key}: {where}"
             elif name == "fp32":
                 assert [one["dino"] for one in losses] == pytest.approx([one["dino"] for one in expected], rel=1e-3)
+
+
+def gathered(micro: int) -> int:
+    """Gathers of a step, sharded over all processes."""
+    settings = recipe(micro=micro)
+    step, share = Step(settings, CPU, Spread(1, 2)), Share(ranks.rank(), 2)
+    images = [torch.zeros((3, 40, 50), dtype=torch.uint8)] * 8
+    with CommDebugMode() as counter:
+        step(Batch(settings.stream(), 0, images, CPU, step.dtype, share=share), NOW)
+    return sum(number for name, number in counter.get_comm_counts().items() if "gather" in str(name))
+
+
+def gathers() -> list[int]:
+    return [gathered(8), gathered(4)]
+
+
+def test_prototypes_are_gathered_once_per_step(tmp_path: Path):
+    """Of both networks each micro-batch gathers 3 blocks, the rest of the backbone and 2 MLPs, the student's blocks
+    again in the backward; the step gathers 4 layers of prototypes, however many micro-batches it has."""
+    each = (3 + 1 + 2) * 2 + 3
+    assert together(gathers, 2, tmp_path) == [[each + 4, 2 * each + 4]] * 2
 
 
 def test_recomputed_blocks_are_the_same_blocks(alone):

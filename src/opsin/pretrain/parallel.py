@@ -157,11 +157,13 @@ def shard(network: Network, grid: "DeviceMesh", dtype: torch.dtype) -> None:
     prototypes = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in network.backbone.blocks:
         fully_shard(block, mesh=grid, mp_policy=backbone)
-    # Whole weights must be gone after a forward: the update works on the shards.
-    fully_shard(network.backbone, mesh=grid, mp_policy=backbone, reshard_after_forward=True)
+    # The update works on shards, so nothing may be whole by then. A teacher has no backward that would end it; of a
+    # student, what the backward needs soonest stays, and so its prototypes are gathered once.
+    again = not network.backbone.cls_token.requires_grad
+    fully_shard(network.backbone, mesh=grid, mp_policy=backbone, reshard_after_forward=again)
     for part in dict.fromkeys((network.dino_head, network.patch_head)):
-        fully_shard(part.mlp, mesh=grid, mp_policy=head, reshard_after_forward=True)
-        fully_shard(part.last_layer, mesh=grid, mp_policy=prototypes, reshard_after_forward=True)
+        fully_shard(part.mlp, mesh=grid, mp_policy=head, reshard_after_forward=again)
+        fully_shard(part.last_layer, mesh=grid, mp_policy=prototypes, reshard_after_forward=again)
         for method in ("balance", "centre", "mean_scores"):
             register_fsdp_forward_method(part.last_layer, method)
     for module in network.modules():

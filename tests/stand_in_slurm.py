@@ -1,7 +1,7 @@
 """As much of Slurm as a job of ours meets, on this machine: queue, run, signal, requeue. Only for tests.
 
 `install(folder)` writes sbatch, srun, scontrol and scancel there; put the folder on PATH. A job's state lies in files
-beside them: its words for people in <job>.state, the processes of its tasks in <job>.tasks.
+beside them: <job>.state as squeue tells it, the processes of its tasks in <job>.tasks, its status in <job>.ended.
 """
 
 import os
@@ -18,7 +18,7 @@ HERE = Path(os.environ.get("STAND_IN_SLURM", ""))
 def install(folder: Path) -> dict[str, str]:
     """Write the programs; returns the environment variables with which they work."""
     folder.mkdir()
-    for name in ("sbatch", "srun", "scontrol", "scancel"):
+    for name in ("sbatch", "srun", "scontrol", "scancel", "squeue"):
         program = folder / name
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
         program.chmod(0o755)
@@ -57,7 +57,7 @@ def keep(job: str) -> int:
         if not requeued.exists():
             break
         requeued.unlink()
-    (HERE / f"{job}.state").write_text("COMPLETED" if done.returncode == 0 else f"FAILED {done.returncode}")
+    (HERE / f"{job}.ended").write_text(str(done.returncode))
     return 0
 
 
@@ -100,10 +100,20 @@ def scancel(*arguments: str) -> int:
     """`scancel JOB`, or `scancel --signal=HUP JOB`."""
     *options, job = arguments
     name = options[0].partition("=")[2] if options else "TERM"
+    if not options:
+        (HERE / f"{job}.state").write_text("CANCELLED")
     for process in (HERE / f"{job}.tasks").read_text().split():
         os.kill(int(process), signal.Signals[f"SIG{name}"])
     return 0
 
 
+def squeue(*arguments: str) -> int:
+    job = arguments[-1].removeprefix("--job=")
+    sys.stdout.write((HERE / f"{job}.state").read_text() + "\n")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({call.__name__: call for call in (sbatch, keep, srun, scontrol, scancel)}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit(
+        {call.__name__: call for call in (sbatch, keep, srun, scontrol, scancel, squeue)}[sys.argv[1]](*sys.argv[2:])
+    )

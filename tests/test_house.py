@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "backbone": SHARED,
     "data": SHARED,
     **{job: {"backbone", "data"} | SHARED for job in ("curate", "pretrain", "distill", "evaluate", "export", "report")},
+    "plan": {"bench", "pretrain", "backbone", "data"} | SHARED,
     "bench": {"pretrain", "evaluate", "backbone", "data"} | SHARED,
     **dict.fromkeys(SHARED, SHARED),
 }

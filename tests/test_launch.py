@@ -20,7 +20,7 @@ from opsin.launch import Slurm, Task, environment
 SMALL = {
     "recipe": "cpu",
     "device": "cpu",
-    "steps": 150,
+    "steps": 60,
     "batch.size": 8,
     "batch.group": 4,
     "crops.global-size": 16,
@@ -77,6 +77,12 @@ def until(true: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
+def ended(slurm: Path) -> int:
+    """The status with which the job ended; waits for it."""
+    until((slurm / "7000.ended").exists)
+    return int((slurm / "7000.ended").read_text())
+
+
 def steps(run: Path) -> list[int]:
     metrics = run / "metrics.jsonl"
     return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -103,6 +109,7 @@ def steps(run: Path) -> list[int]:
         ("-- pretrain --recipe vitl-14 --data x --out y", "unknown recipe 'vitl-14': did you mean 'vitl14'?"),
         ("-- pretrain --recipe cpu --data x --out y --batch.siz 8", "unknown option '--batch.siz': did you mean "),
         ("-- pretrain --recipe cpu --data nowhere --out y", "there is no file or folder nowhere: give --data a path "),
+        ("-- pretrain --recipe cpu --data no/{a,b}.tar --out y", "there is no file or folder no: give --data a path "),
         (
             "--nodes 3 -- pretrain --recipe cpu --data . --out y",
             "batch.size 64 is 1 group",
@@ -123,8 +130,8 @@ def test_values_that_do_not_fit_are_told_too(slurm, capsys):
 def test_without_slurm(refused, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refused("--", "recipes") == (
-        "there is no Slurm here (sbatch, srun, scontrol not found): give this command on a login node of the cluster, "
-        "or start the processes with torchrun."
+        "there is no Slurm here (sbatch, srun, scontrol, squeue not found): give this command on a login node of the "
+        "cluster, or start the processes with torchrun."
     )
 
 
@@ -169,7 +176,7 @@ def test_what_is_asked_of_slurm(slurm, tmp_path, capsys):
     ]  # fmt: skip
     assert "\nexport SUBMITIT_PREEMPT_SIGNAL=HUP\nmodule load cuda\nexit 0\n" in script
     assert " --kill-on-bad-exit=1 --cpus-per-task=12 " in script
-    until(lambda: "PENDING" not in (slurm / "7000.state").read_text())
+    assert ended(slurm) == 0
 
 
 # ---- one task
@@ -206,39 +213,59 @@ def test_tasks_of_another_of_submitits_executors(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def task(monkeypatch):
-    """Runs a task whose command ends with a status; returns how often it was handed back to submitit."""
-    monkeypatch.setattr(launch, "environment", lambda: {"RANK": "0"})
-    monkeypatch.setenv("RANK", "")
+def task(monkeypatch, slurm):
+    """Runs a task whose command ends with a status; returns its own, or "back" if it went back into the queue."""
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    monkeypatch.setenv("SLURM_JOB_ID", "7000")
+    monkeypatch.setenv("RANK", "")
 
-    def call(status: int) -> list[int]:
-        handed: list[int] = []
-        signal.signal(signal.SIGHUP, lambda number, _: handed.append(number))
+    def back(*_: object) -> None:
+        sys.exit("back")
+
+    def call(status: int, rank: int = 0, state: str = "RUNNING") -> int | str:
+        (slurm / "7000.state").write_text(state)
+        signal.signal(signal.SIGHUP, back)
+        monkeypatch.setattr(launch, "environment", lambda: {"RANK": str(rank)})
         monkeypatch.setattr(launch.pkgutil, "resolve_name", lambda _: lambda _: status)
-        Task(("recipes",), 1)()
-        return handed
+        try:
+            Task(("recipes",), 1)()
+        except SystemExit as end:
+            return end.code
+        return 0
 
     yield call
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_only_a_command_that_was_told_to_save_goes_back(task):
-    assert task(0) == []
-    assert task(128 + signal.SIGHUP) == [signal.SIGHUP]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # scancel ends what has no state to save
-    for status in (2, 128 + signal.SIGTERM):
-        with pytest.raises(SystemExit) as end:
-            task(status)
-        assert end.value.code == status
+def test_a_job_goes_back_when_it_was_told_to_save_or_preempted(task):
+    told, ended = 128 + signal.SIGHUP, 128 + signal.SIGTERM
+    assert task(told) == "back"
+    assert task(ended) == "back"
+    assert task(ended, state="CANCELLED") == ended
+    assert task(ended, state="") == ended  # not known any more
+    assert [task(status) for status in (0, 2, 128 + signal.SIGINT)] == [0, 2, 128 + signal.SIGINT]
 
 
-def test_returns_to_the_queue_are_counted():
+def test_the_other_tasks_leave_it_to_the_first(task):
+    assert [task(128 + number, rank=1) for number in (signal.SIGHUP, signal.SIGTERM)] == [0, 0]
+    assert task(2, rank=1) == 2
+
+
+def test_a_task_that_has_no_state_to_save_yet(task, slurm):
+    task(0)
+    for state, ended in (("RUNNING", "back"), ("CANCELLED", "143")):
+        (slurm / "7000.state").write_text(state)
+        with pytest.raises(SystemExit, match=ended):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_returns_to_the_queue_are_counted(capsys):
     again = Task(("recipes",), 1).checkpoint()
     assert again.function == Task(("recipes",), 0)
-    with pytest.raises(SystemExit, match="as often as --requeues allows"):
+    with pytest.raises(SystemExit, match="2"):
         again.function.checkpoint()
+    assert "as often as --requeues allows: launch it again to go on" in capsys.readouterr().err
 
 
 def test_the_processes_of_a_node():
@@ -254,10 +281,9 @@ def test_a_run_that_is_preempted_goes_back_and_on(slurm, photos, tmp_path):
     asked = ["--nodes", "2", "--gpus", "0", "--processes", "1", "--requeues", "2", "--log", str(log)]
     assert main(["launch", "slurm", *asked, "--", "pretrain", "--data", str(photos), "--out", str(out), *TINY]) == 0
     said = log / "7000_0_log.out"
-    until(lambda: steps(out)[-1:] > [3] or "FAILED" in (slurm / "7000.state").read_text())
+    until(lambda: steps(out)[-1:] > [3] or (slurm / "7000.ended").exists())
     subprocess.run(["scancel", "--signal=HUP", "7000"], check=True)  # what preemption is, seen from inside
-    until(lambda: (slurm / "7000.state").read_text() not in ("PENDING", "RUNNING"))
-    assert (slurm / "7000.state").read_text() == "COMPLETED", said.read_text()
+    assert ended(slurm) == 0, said.read_text()
     assert steps(out) == list(range(1, SMALL["steps"] + 1))  # no step twice, none left out
     assert said.read_text().count("going on from the checkpoint of step") == 1
     assert (out / "backbone.safetensors").exists()
@@ -267,9 +293,8 @@ def test_a_cancelled_run_is_saved_and_stays_away(slurm, photos, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     asked = ["--gpus", "0", "--log", str(log)]
     assert main(["launch", "slurm", *asked, "--", "pretrain", "--data", str(photos), "--out", str(out), *TINY]) == 0
-    until(lambda: steps(out)[-1:] > [3] or "FAILED" in (slurm / "7000.state").read_text())
+    until(lambda: steps(out)[-1:] > [3] or (slurm / "7000.ended").exists())
     subprocess.run(["scancel", "7000"], check=True)
-    until(lambda: (slurm / "7000.state").read_text() not in ("PENDING", "RUNNING"))
-    assert (slurm / "7000.state").read_text() == f"FAILED {128 + signal.SIGTERM}"
+    assert ended(slurm) == 128 + signal.SIGTERM
     assert "which is saved: the same command goes on from there" in (log / "7000_0_log.out").read_text()
     assert not (slurm / "7000.requeue").exists()

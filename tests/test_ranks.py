@@ -25,6 +25,7 @@ def sums_and_news() -> dict[str, object]:
         "who": (ranks.rank(), ranks.count(), ranks.first(), ranks.local_rank(), ranks.on_this_node()),
         "sum": ranks.sum_(torch.tensor([1.0, me])),
         "max": ranks.max_(torch.tensor([1.0, me])),
+        "agree": ranks.agree(me * 7),
         "log_sum_exp": ranks.log_sum_exp_(part),
         "told": ranks.by_first(lambda: (time.sleep(0.3), f"by {me}")[1]),
     }
@@ -42,6 +43,7 @@ def test_three_processes(tmp_path: Path):
         assert found["who"] == (rank, 3, rank == 0, rank % 2, 2)
         assert found["sum"].tolist() == [3, 3]
         assert found["max"].tolist() == [1, 2]
+        assert found["agree"] == 14
         assert torch.allclose(found["log_sum_exp"], parts.logsumexp(0))
         assert found["told"] == "by 0"
         assert found["mistake"] == (("OpsinError" if rank == 0 else "ElsewhereError"), "there is nothing.")
@@ -58,16 +60,19 @@ def test_alone_nothing_is_sent():
 
 
 def test_a_process_that_cannot_join_says_so(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+    values = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (values | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}).items():
         monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(OpsinError, match=r"process 1 of 2 could not join the others .*start all of them with torchrun"),
-        ranks.started(torch.device("cpu"), 1),
-    ):
-        pass
+
+    def said() -> str:
+        with pytest.raises(OpsinError) as error, ranks.started(torch.device("cpu"), 1):
+            pass
+        return str(error.value)
+
+    assert said().startswith("process 1 of 2 could not join the others at 127.0.0.1:9 (")
     monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(OpsinError, match="could not join the others"), ranks.started(torch.device("cpu"), 1):
-        pass
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert said().startswith("WORLD_SIZE is 2 but LOCAL_WORLD_SIZE, MASTER_PORT is not set: start the processes with")
 
 
 def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
@@ -77,6 +82,9 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "1")
     assert pick_device(None) == pick_device("cuda") == torch.device("cuda", 1)
     assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own only
+    assert pick_device(None) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "2")
     with pytest.raises(OpsinError, match="this machine has 2 GPUs, and process 2 has none"):
         pick_device(None)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import tyro
 
 import opsin
 from opsin import ranks
-from opsin.commands import COMMANDS, launch_slurm, pretrain
+from opsin.commands import COMMANDS, FROM_RECIPE, launch_slurm
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
 from opsin.pretrain.recipe import preset
@@ -32,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         who = "opsin" if ranks.first() else f"opsin, process {ranks.rank()} of {ranks.count()}"
         print(f"{who}: {error}", file=sys.stderr)
         status = 2
+    except Exception:
+        if not ranks.together():
+            raise
+        traceback.print_exc()  # and then out at once, below: the others notice it by this process being gone
+        status = 1
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except SystemExit as end:  # of tyro, after help or a value that does not fit
@@ -68,8 +74,8 @@ def _checked(arguments: list[str]) -> functools.partial[int]:
     command = COMMANDS[name]
     if name == "launch slurm":
         rest, command = _launched(rest)
-    if name == "pretrain":
-        command = pretrain(preset(_value_of("--recipe", rest) or "cpu"))
+    if name in FROM_RECIPE:
+        command = FROM_RECIPE[name](preset(_value_of("--recipe", rest) or "cpu"))
     known, required = [], []
     for option, parameter in inspect.signature(command).parameters.items():
         option = option.replace("_", "-")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +18,10 @@ from rich.table import Table
 
 from opsin.errors import OpsinError
 from opsin.launch import Slurm, submit
+from opsin.plan.options import Cluster, Rates
 from opsin.pretrain.recipe import PRESETS, Recipe
 
-Data = Annotated[Path, tyro.conf.arg(metavar="SRC")]
+Data = Annotated[str, tyro.conf.arg(metavar="SRC")]
 Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 
 
@@ -33,11 +36,13 @@ def pretrain(settings: Recipe) -> Callable[..., int]:
         device: str | None = None,
         accept_changes: bool = False,
         report: bool = True,
+        replay: int | None = None,
     ) -> int:
         """Train a backbone on images without labels. The same command goes on with a run that stopped.
 
         Args:
-            data: a folder of images of any depth, or a text file that lists images.
+            data: a folder of images of any depth, a text file that lists images, shards (.tar, .parquet, .arrow), or an
+                s3:// URI of such: see docs/data.md.
             out: folder of the run: weights, checkpoints, metrics, report.
             recipe: a name that `opsin recipes` lists, or the recipe.yaml of an earlier run. The defaults shown for
                 the other options are those of this recipe (of `cpu` while none is given).
@@ -45,7 +50,14 @@ def pretrain(settings: Recipe) -> Callable[..., int]:
             device: cuda, mps or cpu; by default the first of these that is there.
             accept_changes: go on although recipe, data or decoder differ from those the run began with.
             report: write report.html at the end.
+            replay: do not train: compute this step of the run in `out` again, counted from 0, and say where in it
+                something is not finite.
         """
+        if replay is not None:
+            from opsin.pretrain.replay import replay as again
+
+            print(again(data, out, replay, device=device, say=lambda text: print(text, file=sys.stderr)))
+            return 0
         from opsin.pretrain.loop import pretrain as train
 
         finished = train(settings, data, out, device=device, accept_changes=accept_changes)
@@ -78,7 +90,8 @@ def features(
     """Write the features of every image to a Parquet file: path and class token, and patches on request.
 
     Args:
-        data: a folder of images of any depth, or a text file that lists images.
+        data: a folder of images of any depth, a text file that lists images, shards (.tar, .parquet, .arrow), or an
+            s3:// URI of such: see docs/data.md.
         out: the Parquet file to write.
         weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
         model: name of the architecture, where the file does not tell it.
@@ -119,7 +132,7 @@ def features(
 def evaluate_knn(
     data: Data,
     weights: Path,
-    test_data: Path | None = None,
+    test_data: str | None = None,
     model: str | None = None,
     out: Path | None = None,
     k: tuple[int, ...] = (10, 20, 100, 200),
@@ -209,7 +222,7 @@ def bench_step(
 
 
 def bench_input(
-    data: Path | None = None,
+    data: str | None = None,
     workers: int = 0,
     batch: int = 64,
     seconds: float = 10.0,
@@ -219,7 +232,8 @@ def bench_input(
     """Time the input pipeline: decoding alone, crops alone, and both as a training reads them.
 
     Args:
-        data: a folder of images of any depth, or a text file that lists images; without it, synthetic JPEGs.
+        data: a folder of images of any depth, a text file that lists images, shards (.tar, .parquet, .arrow), or an
+            s3:// URI of such: see docs/data.md; without it, synthetic JPEGs.
         workers: decoding threads; 0 takes one per core.
         batch: images of a batch.
         seconds: to spend on each of the three.
@@ -281,9 +295,8 @@ def launch_slurm(words: Sequence[str] = (), options: Mapping[str, Any] = Mapping
         Args:
             slurm: what the job asks of the cluster.
         """
-        data, processes = options.get("data"), slurm.nodes * slurm.per_node
-        if isinstance(data, Path) and not data.exists():
-            raise OpsinError(f"there is no file or folder {data}: give --data a path that this machine and nodes see.")
+        processes = slurm.nodes * slurm.per_node
+        _check_there(options.get("data"))
         if words[0] == "pretrain":
             options["settings"].batch.split(processes)
         elif processes > 1:
@@ -300,6 +313,64 @@ def launch_slurm(words: Sequence[str] = (), options: Mapping[str, Any] = Mapping
     return command
 
 
+def plan(settings: Recipe) -> Callable[..., int]:
+    """The `plan` command, with the fields of `settings` as its options and their defaults."""
+
+    def command(
+        recipe: str,  # read before the other options, whose defaults it gives: see cli.py
+        gpu: str = "auto",
+        cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),  # noqa: B008
+        settings: Annotated[Recipe, tyro.conf.arg(name="")] = settings,
+        out: Path | None = None,
+    ) -> int:
+        """Say before anything runs whether a recipe fits some GPUs, and how long it would take: memory, speed, energy.
+
+        Args:
+            recipe: a name that `opsin recipes` lists, or the recipe.yaml of an earlier run. The defaults shown for
+                the other options are those of this recipe (of `cpu` while none is given).
+            gpu: v100-32, a100-40, a100-80, h100, h200, l4, l40s, rtx4090, t4; cpu and auto measure this machine.
+            cluster: how many GPUs, and how they are connected and powered.
+            settings: any field of the recipe.
+            out: also write the results to this JSON file.
+        """
+        from opsin.plan.text import training_text
+        from opsin.plan.training import plan
+
+        _check_file(out)
+        result = plan(settings, gpu, cluster)
+        print(training_text(result))
+        _write_json(out, asdict(result))
+        return 0
+
+    return command
+
+
+def plan_curation(
+    images: float,
+    gpu: str = "auto",
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),  # noqa: B008
+    rates: Annotated[Rates, tyro.conf.arg(name="")] = Rates(),  # noqa: B008
+    out: Path | None = None,
+) -> int:
+    """Say on paper what curating a heap of images would take: hours by step, bytes on disk.
+
+    Args:
+        images: of the heap, such as 1.2e9.
+        gpu: v100-32, a100-40, a100-80, h100, h200, l4, l40s, rtx4090, t4; cpu and auto measure this machine.
+        cluster: how many GPUs, and how they are connected and powered.
+        rates: how the heap is curated, and rates that no data sheet gives.
+        out: also write the results to this JSON file.
+    """
+    from opsin.plan.curation import plan_curation
+    from opsin.plan.text import curation_text
+
+    _check_file(out)
+    result = plan_curation(images, gpu, cluster, rates)
+    print(curation_text(result))
+    _write_json(out, asdict(result))
+    return 0
+
+
 def recipes() -> int:
     """List the named recipes and what they are for."""
     for name, make in PRESETS.items():
@@ -308,7 +379,7 @@ def recipes() -> int:
 
 
 def quickstart(
-    out: Out = Path("runs/quickstart"), data: Path | None = None, seed: int = 0, device: str | None = None
+    out: Out = Path("runs/quickstart"), data: str | None = None, seed: int = 0, device: str | None = None
 ) -> int:
     """Train a small backbone on real photos in minutes, measure it on held-out parts of them, and show it.
 
@@ -323,6 +394,8 @@ def quickstart(
     return run(out, data, seed=seed, device=device)
 
 
+FROM_RECIPE: dict[str, Callable[[Recipe], Callable[..., int]]] = {"pretrain": pretrain, "plan": plan}
+"""Commands that take any field of a recipe, made for the recipe that is named."""
 COMMANDS: dict[str, Callable[..., int]] = {
     "pretrain": pretrain(PRESETS["cpu"]()),
     "features": features,
@@ -331,9 +404,20 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench input": bench_input,
     "bench features": bench_features,
     "launch slurm": launch_slurm(),
+    "plan": plan(PRESETS["cpu"]()),
+    "plan curation": plan_curation,
     "quickstart": quickstart,
     "recipes": recipes,
 }
+
+
+def _check_there(data: str | None) -> None:
+    """Refuse data that are not on this machine, without listing them; those of a bucket or pattern are seen later."""
+    path = (data or ".").removeprefix("file://")
+    fixed = re.split(r"[*?\[{]", path)[0]
+    folder = path if fixed == path else os.path.dirname(fixed) or "."
+    if "://" not in path and not os.path.exists(folder):
+        raise OpsinError(f"there is no file or folder {folder}: give --data a path that this machine and nodes see.")
 
 
 def _check_file(out: Path | None) -> None:

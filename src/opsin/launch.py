@@ -10,10 +10,12 @@ import os
 import pkgutil
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from opsin.errors import FINITE, OpsinError, within
@@ -21,8 +23,8 @@ from opsin.errors import FINITE, OpsinError, within
 PROGRAM = "opsin.cli:main"
 """What a task calls with the words of the command, by name: another process runs it, on another machine."""
 SAVE = signal.SIGHUP
-"""Sent by Slurm near the time limit or at preemption: a run answers by saving its state (loop.py), and nothing else
-sends it to a job. submitit's own choice, SIGUSR2, would end the run."""
+"""Sent by Slurm near the time limit, and on some clusters at preemption: a run answers by saving its state
+(pretrain/stop.py), and nothing else sends it to a job. submitit's own choice, SIGUSR2, would end the run."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def submit(command: Sequence[str], slurm: Slurm) -> Submitted:
     Raises:
         OpsinError: without Slurm or submitit, and with sbatch's own words if it refuses the job.
     """
-    missing = [program for program in ("sbatch", "srun", "scontrol") if shutil.which(program) is None]
+    missing = [program for program in ("sbatch", "srun", "scontrol", "squeue") if shutil.which(program) is None]
     if missing:
         raise OpsinError(
             f"there is no Slurm here ({', '.join(missing)} not found): give this command on a login node of the "
@@ -152,14 +154,15 @@ class Task:
     def __call__(self) -> None:
         """Run the command; a status other than 0 becomes that of the process."""
         os.environ.update(environment())
-        # submitit ignores SIGTERM, with which scancel ends a job. The loop of a run replaces this while it lasts.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        first = os.environ["RANK"] == "0"
+        if first:  # submitit ignores SIGTERM
+            signal.signal(signal.SIGTERM, _told_to_end)
         status = pkgutil.resolve_name(PROGRAM)(list(self.command))
-        if status == 128 + SAVE:
-            # All is saved: now submitit's handler, which the loop had replaced, puts the job back. Only that of the
-            # first process does; the others end in order, since one that fails would end the first.
-            signal.raise_signal(SAVE)
-        elif status:
+        if status in (128 + SAVE, 128 + signal.SIGTERM):  # in all processes alike, and all is saved
+            if not first:
+                return  # in order: one that fails would end the first, which has something left to do
+            signal.raise_signal(status - 128)  # once more, for the handlers that the loop of the run had replaced
+        if status:
             sys.exit(status)
 
     def checkpoint(self) -> Any:
@@ -167,8 +170,20 @@ class Task:
         from submitit.helpers import DelayedSubmission
 
         if self.requeues == 0:
-            sys.exit("opsin: the job went back into the queue as often as --requeues allows: launch it again to go on.")
+            sys.stderr.write("opsin: the job went back as often as --requeues allows: launch it again to go on.\n")
+            sys.exit(2)
         return DelayedSubmission(replace(self, requeues=self.requeues - 1))
+
+
+def _told_to_end(number: int, _: FrameType | None) -> None:
+    """Answer SIGTERM, which announces preemption as well as scancel; only scancel marks the job as cancelled first.
+
+    Slurm would not put back a job that ends by itself in the time it is left before preemption.
+    """
+    state = ["squeue", "--noheader", "--format=%T", f"--job={os.environ['SLURM_JOB_ID']}"]
+    if subprocess.run(state, capture_output=True, text=True, check=False).stdout.strip() == "RUNNING":
+        signal.raise_signal(SAVE)  # to submitit's handler, which puts the job back and exits
+    sys.exit(128 + number)
 
 
 def environment() -> dict[str, str]:

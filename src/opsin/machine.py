@@ -20,8 +20,9 @@ def pick_device(name: str | None) -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(kind for kind, there in present.items() if there)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{ranks.local_rank()}"
-        if present["cuda"] and ranks.local_rank() >= torch.cuda.device_count():
+        alone = present["cuda"] and torch.cuda.device_count() == 1  # as on clusters that show each process its own
+        name = f"cuda:{0 if alone else ranks.local_rank()}"
+        if present["cuda"] and not alone and ranks.local_rank() >= torch.cuda.device_count():
             raise OpsinError(
                 f"this machine has {torch.cuda.device_count()} GPUs, and process {ranks.local_rank()} has none: start "
                 "one process per GPU, or give --device cpu."

@@ -114,12 +114,12 @@ class Tiles:
     """`[N]`"""
 
 
-def run(out: Path, data: Path | None, *, seed: int, device: str | None) -> int:
+def run(out: Path, data: str | Path | None, *, seed: int, device: str | None) -> int:
     """Everything that `opsin quickstart` does; returns the exit status."""
     began = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     on = pick_device(device)
-    if data is not None and out.resolve().is_relative_to(data.resolve()):
+    if data is not None and out.resolve().is_relative_to(Path(data).resolve()):
         raise OpsinError(
             f"--out {out} lies inside --data {data}, where its tiles would count as photos: choose another."
         )
@@ -179,17 +179,17 @@ def shipped_photos() -> dict[str, Tensor]:
     return {path.stem: _reduced(decode(path)) for path in files}
 
 
-def own_photos(data: Path) -> dict[str, Tensor]:
+def own_photos(data: str | Path) -> dict[str, Tensor]:
     """The photos of a folder, at most `MOST_PHOTOS` of them, evenly spaced."""
     source = scan(data)
     count = min(len(source), MOST_PHOTOS)
-    chosen = [source.path(i * len(source) // count) for i in range(count)]
     large = {}
-    for number, path in enumerate(chosen):
+    for number in range(count):
+        index = number * len(source) // count
         with contextlib.suppress(DecodeError):  # a broken photo is left out
-            photo = _reduced(decode(path))
+            photo = _reduced(decode(source.open(index)))
             if min(photo.shape[-2:]) >= 2 * TILE:
-                large[f"{number:02d}-{path.stem}"] = photo
+                large[f"{number:02d}-{Path(source.name(index)).stem}"] = photo
     if len(large) < 2:
         raise OpsinError(
             f"{data} has {len(large)} photo(s) of {2 * TILE} × {2 * TILE} pixels or more, and the quickstart needs two "

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,14 @@ from opsin.errors import OpsinError
 
 PULSE = 5.0
 """Seconds between the signs of life of a process that others wait for."""
+
+GRACE = 120.0
+"""Seconds by which a device waits longer for the others than its host, which can say what it waits for."""
+NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Of the environment, as torchrun and `opsin launch` set it."""
+
+_hosts: list[dist.ProcessGroup] = []
+"""What hosts send one another by gloo, apart from what their devices do."""
 
 Result = TypeVar("Result")
 
@@ -66,6 +74,15 @@ def max_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def agree(number: int) -> int:
+    """The largest of the numbers that the processes give, without their devices."""
+    if count() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=_hosts[0])
+    return int(largest)
+
+
 def log_sum_exp_(tensor: Tensor) -> Tensor:
     """Replace `tensor` by the logarithm of the sum of its exponentials over all processes, and return it."""
     if count() > 1:
@@ -93,7 +110,7 @@ def by_first(work: Callable[[], Result]) -> Result:
             if working is not None and wait([working], timeout=PULSE).done:
                 mistake = working.exception()
                 answer = [True, None if mistake else working.result(), mistake and str(mistake)]
-            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+            dist.broadcast_object_list(answer, group=_hosts[0])
     if working is not None:
         return working.result()
     if answer[2] is not None:
@@ -113,17 +130,25 @@ def started(device: torch.device, seconds: float) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or together():
         yield
         return
+    missing = [name for name in NEEDED if name not in os.environ]
+    if missing:
+        raise OpsinError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set: start the processes with "
+            "torchrun or opsin launch slurm, which set all of them, or unset WORLD_SIZE to run alone."
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # With a GPU there are two: what the host agrees on and what checkpoints do needs no device.
+    # With a GPU there are two: what the hosts agree on and what checkpoints do needs no device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds + GRACE * (device.type == "cuda")))
+        _hosts[:] = [cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)))]
     except (RuntimeError, ValueError) as error:
         raise OpsinError(
-            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others "
-            f"({' '.join(str(error).split())[:200]}): start all of them with torchrun or opsin launch slurm, and let "
-            "their machines reach one another."
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({' '.join(str(error).split())[:200]}): let the "
+            "machines reach one another, by the interface that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name if they "
+            "have several, and start all processes within this time."
         ) from None
     yield
     # Not after an error: leaving in order waits for processes that may be gone.

@@ -31,7 +31,7 @@ LOOKED_AT = 512
 NEIGHBOURS = 10
 
 
-def tell(out: Path, data: Path, device: str | None = None) -> Path:
+def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
     """Write OUT/report.html for a finished run on `data` and return its path."""
     on = pick_device(device)
     recipe = read(out / "recipe.yaml")

@@ -60,6 +60,8 @@ def test_epochs_seeds_and_windows_differ():
     first, second = (order.indices(0, epoch * 1000 + np.arange(1000)) for epoch in (0, 1))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, order.indices(1, np.arange(1000)))
+    alone = Order(30, 30, 4)  # one block, whose samples are all that can be shuffled
+    assert not np.array_equal(*alone.indices(0, np.arange(60)).reshape(2, 30))
     # Within windows too: ranks of the samples inside two windows are other permutations.
     inside = [np.argsort(np.argsort(first[start : start + 50])) for start in (0, 50)]
     assert not np.array_equal(*inside)

@@ -37,7 +37,7 @@ def identity(image):
 def test_images_come_in_the_order_asked_for(tmp_path):
     source = folder(tmp_path / "data", 12)
     with ImageReader(source, workers=4) as reader:
-        assert torch.equal(reader.read(3), decode(source.path(3)))
+        assert torch.equal(reader.read(3), decode(source.open(3)))
         order = [5, 0, 11, 5, 2]
         assert [identity(image) for image in reader.read_many(order)] == order
         pending = reader.submit(range(12))
@@ -124,7 +124,7 @@ def test_what_an_index_gives_depends_on_the_files_alone(tmp_path, bad, workers, 
     source = folder(tmp_path / "data", 20, bad)
     expected = [next(j % 20 for j in range(i, i + 20) if j % 20 not in bad) for i in order]
     jitter = np.random.default_rng(delays)
-    pauses = {str(source.path(i)): float(jitter.uniform(0, 0.003)) for i in range(20)}
+    pauses = {str(source.open(i)): float(jitter.uniform(0, 0.003)) for i in range(20)}
 
     def slow(path, reduction, **options):
         time.sleep(pauses[str(path)])

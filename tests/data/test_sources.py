@@ -1,7 +1,6 @@
 import io
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from opsin.data import sources
+from opsin.data import listing, sources
+from opsin.data.files import Store, locate
+from opsin.data.listing import Listing
 from opsin.data.sources import Source, scan, summarise
 from opsin.errors import OpsinError
 
@@ -28,6 +29,10 @@ def touch(root, *names):
         path.write_bytes(name.encode("utf-8", "surrogateescape"))
 
 
+def paths(source):
+    return [source.name(i) for i in range(len(source))]
+
+
 def message(function, *arguments):
     with pytest.raises(OpsinError) as caught:
         function(*arguments)
@@ -40,10 +45,10 @@ def test_every_extension_in_any_case_at_any_depth(tmp_path):
     names += ["Z.JPG", "photo.JPEG", "a/b/c/d/e.Png", "two.dots.TIF", "space name.jpg", "straße/写真.jpg"]
     touch(tmp_path, *names, "readme.md", "x.jpg.txt", "jpg", "noext", ".hidden.jpg", ".cache/a.jpg", "a/.git/b.png")
     source = scan(tmp_path)
-    assert source.paths == sorted(names, key=os.fsencode)
+    assert paths(source) == sorted(names, key=os.fsencode)
     assert len(source) == len(names)
-    assert source.root == tmp_path
-    assert source.path(0) == tmp_path / source.paths[0]
+    assert source.root == str(tmp_path)
+    assert source.open(0) == tmp_path / source.name(0)
     assert source.labels is None
     assert source.classes == []
     assert source.unreadable == []
@@ -64,7 +69,7 @@ def test_order_is_that_of_bytes_and_does_not_depend_on_the_file_system(tmp_path,
     ]
     touch(tmp_path, *names)
     expected = scan(tmp_path)
-    assert expected.paths == sorted(names, key=os.fsencode)
+    assert paths(expected) == sorted(names, key=os.fsencode)
     real = os.scandir
 
     class Backwards:
@@ -78,7 +83,7 @@ def test_order_is_that_of_bytes_and_does_not_depend_on_the_file_system(tmp_path,
             pass
 
     monkeypatch.setattr(os, "scandir", Backwards)
-    assert scan(tmp_path).paths == expected.paths
+    assert paths(scan(tmp_path)) == paths(expected)
     assert scan(tmp_path).fingerprint == expected.fingerprint
 
 
@@ -86,9 +91,9 @@ def test_a_name_that_is_not_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9.jpg")
     touch(tmp_path, name)
     source = scan(tmp_path, tmp_path.parent / "cache")
-    assert source.paths == [name]
-    assert source.path(0).read_bytes() == b"caf\xe9.jpg"
-    assert scan(tmp_path, tmp_path.parent / "cache").paths == [name]
+    assert paths(source) == [name]
+    assert source.open(0).read_bytes() == b"caf\xe9.jpg"
+    assert paths(scan(tmp_path, tmp_path.parent / "cache")) == [name]
 
 
 def test_imagenet_class_folders_give_labels(tmp_path):
@@ -99,7 +104,7 @@ def test_imagenet_class_folders_give_labels(tmp_path):
     assert source.classes == ["n01440764", "n01443537", "n15075141"]
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    for path, label in zip(source.paths, source.labels, strict=True):
+    for path, label in zip(paths(source), source.labels, strict=True):
         assert path.startswith(source.classes[label] + "/")
 
 
@@ -107,7 +112,7 @@ def test_classes_are_numbered_in_byte_order_even_where_paths_are_not(tmp_path):
     # "-" sorts before "/", so the paths of "a-b" come before those of "a".
     touch(tmp_path, "a/1.jpg", "a-b/1.jpg")
     source = scan(tmp_path)
-    assert source.paths == ["a-b/1.jpg", "a/1.jpg"]
+    assert paths(source) == ["a-b/1.jpg", "a/1.jpg"]
     assert source.classes == ["a", "a-b"]
     assert source.labels.tolist() == [1, 0]
 
@@ -134,7 +139,7 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     (other / "back").symlink_to(data)
     (data / "0").symlink_to(data / "z")
     source = scan(data)
-    assert source.paths == ["a/1.jpg", "b/3.jpg", "b/deep/4.jpg", "z/2.jpg"]
+    assert paths(source) == ["a/1.jpg", "b/3.jpg", "b/deep/4.jpg", "z/2.jpg"]
     assert [path for path, _ in source.unreadable] == ["self"]
 
 
@@ -146,7 +151,7 @@ def test_a_folder_reached_through_two_links_counts_under_the_first(tmp_path):
         (data / "l1").symlink_to(first)
         (data / "l2").symlink_to(second)
         expected = "l1/sub/2.jpg" if first == other else "l1/2.jpg"
-        assert scan(data).paths == ["1.jpg", expected]
+        assert paths(scan(data)) == ["1.jpg", expected]
         (data / "l1").unlink()
         (data / "l2").unlink()
 
@@ -156,7 +161,7 @@ def test_links_to_files_count_and_dangling_ones_are_reported(tmp_path, caplog):
     (tmp_path / "data" / "b.jpg").symlink_to(tmp_path / "real.jpg")
     (tmp_path / "data" / "c.jpg").symlink_to(tmp_path / "gone.jpg")
     source = scan(tmp_path / "data")
-    assert source.paths == ["a.jpg", "b.jpg"]
+    assert paths(source) == ["a.jpg", "b.jpg"]
     assert source.unreadable == [("c.jpg", "no such file or directory")]
     assert "1 entries could not be read, first" in caplog.text
     assert "data/c.jpg (no such file or directory)" in caplog.text
@@ -165,7 +170,7 @@ def test_links_to_files_count_and_dangling_ones_are_reported(tmp_path, caplog):
 def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
     touch(tmp_path, "album.jpg/a.png")
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert scan(tmp_path).paths == ["album.jpg/a.png"]
+    assert paths(scan(tmp_path)) == ["album.jpg/a.png"]
 
 
 def test_an_unreadable_folder_is_reported_and_nothing_is_cached(tmp_path, monkeypatch, caplog):
@@ -180,7 +185,7 @@ def test_an_unreadable_folder_is_reported_and_nothing_is_cached(tmp_path, monkey
 
     monkeypatch.setattr(os, "scandir", refusing)
     source = scan(data, cache)
-    assert source.paths == ["a/1.jpg"]
+    assert paths(source) == ["a/1.jpg"]
     assert source.unreadable == [("b", "permission denied")]
     assert "b (permission denied)" in caplog.text
     monkeypatch.undo()
@@ -188,7 +193,7 @@ def test_an_unreadable_folder_is_reported_and_nothing_is_cached(tmp_path, monkey
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    assert scan(data, cache).paths == ["a/1.jpg", "b/2.jpg"]
+    assert paths(scan(data, cache)) == ["a/1.jpg", "b/2.jpg"]
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert message(scan, data) == (
@@ -204,17 +209,17 @@ def test_text_list(tmp_path):
     text = f"\ufeff# a comment\n\nsub/x.png\r\n  near.jpg  \n./#odd.jpg\n{far}\nstraße.jpg\nnear.jpg"
     listed.write_text(text, encoding="utf-8", newline="")
     source = scan(listed)
-    assert source.paths == sorted([str(far), "./#odd.jpg", "near.jpg", "near.jpg", "straße.jpg", "sub/x.png"])
-    assert source.root == tmp_path / "lists"
-    assert source.path(0).is_file()
-    assert all(source.path(i).is_file() for i in range(len(source)))
+    assert paths(source) == sorted([str(far), "./#odd.jpg", "near.jpg", "near.jpg", "straße.jpg", "sub/x.png"])
+    assert source.root == str(tmp_path / "lists")
+    assert source.open(0).is_file()
+    assert all(source.open(i).is_file() for i in range(len(source)))
     assert source.labels is None
 
 
 def test_a_list_may_name_files_that_are_not_utf8(tmp_path):
     touch(tmp_path, os.fsdecode(b"caf\xe9.jpg"))
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
-    assert scan(tmp_path / "list.txt").path(0).is_file()
+    assert scan(tmp_path / "list.txt").open(0).is_file()
 
 
 def test_errors_say_what_where_and_how_to_mend(tmp_path):
@@ -224,7 +229,8 @@ def test_errors_say_what_where_and_how_to_mend(tmp_path):
         f"no data at {tmp_path}/nowhere (no such file or directory): give a folder of images or a .txt list of them."
     )
     assert message(scan, tmp_path / "photo.jpg") == (
-        f"{tmp_path}/photo.jpg is neither a folder nor a .txt list of image paths: give one of these."
+        f"{tmp_path}/photo.jpg is neither a folder nor a .txt list of image paths nor a shard (.tar, .parquet, "
+        ".arrow): give one of these."
     )
     for empty in ("void", "hidden"):
         assert message(scan, tmp_path / empty) == (
@@ -270,8 +276,8 @@ def test_fingerprint_sees_names_and_sizes_but_not_the_place(tmp_path):
 @given(st.lists(st.tuples(st.text("ab0 -é", min_size=1, max_size=4), st.integers(0, 99)), unique_by=lambda f: f[0]))
 def test_fingerprint_depends_on_the_set_of_files_only(files):
     def fingerprint(files):
-        listing = sources._Listing([(f"{name}.jpg", size) for name, size in files], [], [], sources.Counter())
-        return sources._source(Path("/data"), listing, True).fingerprint
+        listing = Listing([(f"{name}.jpg", size) for name, size in files])
+        return sources._source(Store(locate("/data")), listing, True).fingerprint
 
     assert fingerprint(files) == fingerprint(files[::-1])
     if files:
@@ -284,16 +290,16 @@ def test_fingerprint_depends_on_the_set_of_files_only(files):
 def walks(monkeypatch):
     """How often a folder or list is really read."""
     count = []
-    for name in ("_walk", "_read_list"):
-        real = getattr(sources, name)
-        monkeypatch.setattr(sources, name, lambda *given, real=real: count.append(given) or real(*given))
+    for name in ("walk", "read_list"):
+        real = getattr(listing, name)
+        monkeypatch.setattr(listing, name, lambda *given, real=real: count.append(given) or real(*given))
     return count
 
 
 def same(a: Source, b: Source):
-    assert (a.root, a.paths, a.classes, a.fingerprint, a.total_bytes) == (
+    assert (a.root, paths(a), a.classes, a.fingerprint, a.total_bytes) == (
         b.root,
-        b.paths,
+        paths(b),
         b.classes,
         b.fingerprint,
         b.total_bytes,
@@ -368,8 +374,8 @@ def test_caches_of_several_sources_do_not_mix(tmp_path):
         touch(tmp_path, f"{name}/{name}.jpg")
         os.utime(tmp_path / name, (1e9, 1e9))
     for _ in range(2):
-        assert scan(tmp_path / "one", cache).paths == ["one.jpg"]
-        assert scan(tmp_path / "two", cache).paths == ["two.jpg"]
+        assert paths(scan(tmp_path / "one", cache)) == ["one.jpg"]
+        assert paths(scan(tmp_path / "two", cache)) == ["two.jpg"]
 
 
 def test_a_damaged_cache_is_replaced(tmp_path, walks):
@@ -379,7 +385,7 @@ def test_a_damaged_cache_is_replaced(tmp_path, walks):
     (kept,) = cache.iterdir()
     for content in (b"", b"PAR1 nonsense", kept.read_bytes()[:-20]):
         kept.write_bytes(content)
-        assert scan(tmp_path / "data", cache).paths == ["a.jpg"]
+        assert paths(scan(tmp_path / "data", cache)) == ["a.jpg"]
     assert len(walks) == 4
     scan(tmp_path / "data", cache)
     assert len(walks) == 4
@@ -434,6 +440,7 @@ def test_summary(tmp_path):
     assert [path for path, _ in summary.unreadable] == ["cats/none.png", "dogs/text.jpg"]
     assert str(summary) == (
         f"{tmp_path}: 6 images in 2 classes, {sources._bytes(source.total_bytes)}\n"
+        "  stored in   image files\n"
         "  formats     jpeg 3, png 1\n"
         "  width       10 to 1,500, median 30\n"
         "  height      7 to 3,000, median 40\n"
@@ -449,7 +456,7 @@ def test_summary_of_a_sample_says_so(tmp_path):
     summary = summarise(scan(tmp_path), workers=2, limit=5)
     assert (summary.images, summary.read) == (10, 5)
     assert summary.width == (10, 14, 18)  # every other image
-    assert str(summary).endswith("are of a sample: 5 evenly spaced images.")
+    assert str(summary).endswith("are of a sample: 5 of the images.")
     assert "of a sample" not in str(summarise(scan(tmp_path), workers=2, limit=10))
 
 

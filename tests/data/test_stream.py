@@ -135,7 +135,7 @@ def test_crops_must_fit_the_patch():
             StreamRecipe(0, BatchRecipe(), CropRecipe(global_size=32, local_size=14), MaskRecipe(), 8, 1, 0.0),
             DataRecipe(),
             Reader(),
-            10,
+            Order(10),
             CPU,
         )
 
@@ -215,7 +215,7 @@ def test_large_photos_are_decoded_at_the_scale_their_crops_allow(tmp_path, micro
         reductions = set()
         for start in range(0, 8, batch.micro_size):
             positions = 16 + np.arange(start, start + batch.micro_size)
-            paths = [source.path(index) for index in stream.indices(2)[start : start + batch.micro_size]]
+            paths = [source.open(index) for index in stream.indices(2)[start : start + batch.micro_size]]
             chosen = [partial(reduction, given.crops, given.seed, position) for position in positions]
             decoded, scales = zip(*map(decode_reduced, paths, chosen), strict=True)
             reductions |= {scale.reduction for scale in scales}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from opsin.backbone import registry, weights
 from opsin.errors import OpsinError
@@ -101,6 +102,13 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path):
     assert_holds(tmp_path, 7, stored)
 
 
+def test_tools_of_torch_read_it(tmp_path):
+    path = save(tmp_path, 7, tensors())
+    dcp_to_torch_save(path, tmp_path / "all.pt")
+    stored = torch.load(tmp_path / "all.pt")
+    assert {name: bits(tensor) for name, tensor in stored.items()} == {n: bits(t) for n, t in tensors().items()}
+
+
 def test_double_precision_stays_so_in_the_backbone(tmp_path):
     state = {name: tensor.double() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors().items()}
     path = save(tmp_path, 1, state)
@@ -122,6 +130,22 @@ def test_saving_a_step_again_replaces_it(tmp_path):
         save(tmp_path, 5, tensors(seed), keep=1)
     assert_holds(tmp_path, 5, tensors(2))
     assert names(tmp_path) == ["step-00000005"]
+
+
+def test_all_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(Path(f"/proc/self/fd/{file}").resolve()), sync(file)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(("named", to)), rename(path, to)))
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("does not say which file is synced")
+    path = save(tmp_path, 7, tensors())
+    named = done.index(("named", path))
+    before, after = done[:named], done[named + 1 :]
+    hidden = path.with_name("." + path.name)
+    files = ("__0_0.distcp", ".metadata", "backbone.safetensors", "meta.json")
+    assert {hidden / name for name in files} <= set(before)
+    assert before[-1] == hidden
+    assert after == [path.parent]
 
 
 def test_nothing_is_drawn_from_the_generator_of_the_run(tmp_path):

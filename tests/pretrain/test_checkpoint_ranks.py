@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from group import together
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from group import together
 from opsin import ranks
 from opsin.backbone import registry, weights
 from opsin.errors import OpsinError
@@ -80,7 +80,7 @@ def flipping(writer: FileSystemWriter, *arguments: Any) -> Any:
 original = FileSystemWriter.write_data
 
 
-def write(out: Path) -> dict[str, Any]:
+def write(out: Path, results: Path) -> dict[str, Any]:
     """In each of two processes."""
     found: dict[str, Any] = {}
     state, second = tensors(1, (2,)), ranks.rank() == 1
@@ -89,8 +89,9 @@ def write(out: Path) -> dict[str, Any]:
         checkpoints.save(1, {"seed": 1})
         for tensor in state.values():  # at once, while it is being written
             tensor.mul_(0)
-        checkpoints.wait()
+        # and the training's own sums go on
         found["after"] = [float(whole(tensor).abs().sum()) for tensor in state.values()]
+        checkpoints.wait()
         checkpoints.load(1)
         found["loaded"] = wrong(state, 1)
 
@@ -118,10 +119,35 @@ def write(out: Path) -> dict[str, Any]:
         checkpoints.wait()
         found["in the end"] = names(out)
 
+    # Others have written it, or hold it in other shards
+    state = tensors(9, (2,))
+    with Checkpoints(out / "alone", state, ARCH, keep=1) as checkpoints:
+        checkpoints.load(8)
+        found["by one"] = wrong(state, 8)
+    state = tensors(9)
+    with Checkpoints(out, state, ARCH, keep=2) as checkpoints:
+        checkpoints.load(3)
+        found["into whole ones"] = wrong(state, 1)
+        if second:
+            next(iter(state.values())).view(-1)[0] += 1e-6
+        found["other weights"] = sentence(checkpoints, 4), names(out)
+
     # Equal everywhere: each process writes a part
     with Checkpoints(out / "whole", tensors(2), ARCH, keep=1) as checkpoints:
         checkpoints.save(4, {})
         checkpoints.wait()
+
+    # The second process is gone in the middle of a save
+    with (
+        Checkpoints(out / "lost", tensors(3, (2,)), ARCH, keep=2) as checkpoints,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        checkpoints.save(1, {})
+        checkpoints.wait()
+        if second:
+            torch.save(found, results / "rank-1.pt")
+            patch.setattr(FileSystemWriter, "write_data", lambda *_: os._exit(0))
+        found["lost"] = sentence(checkpoints, 2)
     return found
 
 
@@ -155,7 +181,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(out: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return together(write, 2, tmp_path_factory.mktemp("write"), out)
+    with Checkpoints(out / "alone", tensors(8), ARCH, keep=1) as checkpoints:
+        checkpoints.save(8, {})
+    results = tmp_path_factory.mktemp("write")
+    return together(write, 2, results, out, results)
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +204,16 @@ def alone(out: Path, step: int, seed: int) -> None:
 def test_what_is_written_is_what_was_there_when_save_was_called(out, written):
     for found in written:
         assert found["self-test"].startswith("checkpoints work: each takes ")
-        assert found["left by it"] == []
         assert set(found["after"]) == {0.0}
         assert found["loaded"] == []
+    assert written[0]["left by it"] == []
 
 
 @pytest.mark.parametrize(
     ("what", "why"),
     [
         ("full", "process 1: No space left on device"),
-        ("flipped", "process 1: 'teacher.backbone.blocks.0.mlp.fc1.weight' reads back otherwise than it was written"),
+        ("flipped", "process 1: 'teacher.backbone.patch_embed.proj.weight' reads back otherwise than it was written"),
         (
             "another disk",
             "process 1: it does not see the folder that process 0 made: all must share the disk of --out",
@@ -203,6 +232,13 @@ def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(out, writ
     # the first process tidies up
     assert written[0][what][1] == ["step-00000001"]
     assert written[0]["in the end"] == ["step-00000001", "step-00000003"]
+
+
+def test_processes_that_have_drifted_apart_are_told_apart(written):
+    for found in written:
+        said, left = found["other weights"]
+        assert said.startswith("process 1 has other weights than the first: 1 tensors, such as ")
+        assert left == found["in the end"]
 
 
 def test_nan_in_the_shard_of_one_process_is_never_saved(written):
@@ -226,6 +262,15 @@ def test_processes_with_equal_tensors_share_the_work(out, written):
     assert max(sizes) < 0.7 * sum(sizes)
 
 
+def test_one_process_wrote_it_and_two_read_it(written):
+    assert [found["by one"] for found in written] == [[], []]
+
+
+def test_shards_are_read_into_whole_tensors(written):
+    assert [found["into whole ones"] for found in written] == [[], []]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["(4,)", "(2, 2)", "None"])
 def test_two_processes_wrote_it_and_four_read_it(loaded, grid):
     for found in loaded:
@@ -233,6 +278,7 @@ def test_two_processes_wrote_it_and_four_read_it(loaded, grid):
         assert found[f"wrong {grid}"] == []
 
 
+@pytest.mark.slow
 def test_four_processes_with_shards_and_copies_wrote_it_and_one_reads_it(out, loaded):
     alone(out / "hybrid", 6, 5)
     sizes = sum(path.stat().st_size for path in checkpoint.folder(out / "hybrid").glob("step-*/*.distcp"))
@@ -240,26 +286,16 @@ def test_four_processes_with_shards_and_copies_wrote_it_and_one_reads_it(out, lo
     assert sizes < 1.5 * once  # twice would be the copies as well; every part has a header
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_all(out, loaded):
     (said,) = {found["damaged"] for found in loaded}
     assert said.startswith(f"the checkpoint {checkpoint.folder(out) / 'step-00000003'} cannot be read (process ")
     assert said.endswith("): remove this folder to go on from the one before.")
 
 
-def dies(out: Path, results: Path) -> str:
-    """In each of two processes, of which the second is gone in the middle of a save."""
-    with pytest.MonkeyPatch.context() as patch, Checkpoints(out, tensors(1, (2,)), ARCH, keep=2) as checkpoints:
-        checkpoints.save(1, {})
-        checkpoints.wait()
-        if ranks.rank() == 1:
-            torch.save("", results / "rank-1.pt")
-            patch.setattr(FileSystemWriter, "write_data", lambda *_: os._exit(0))
-        return sentence(checkpoints, 2)
-
-
-def test_a_process_that_dies_in_a_save_leaves_the_others_a_sentence(tmp_path):
-    said, _ = together(dies, 2, tmp_path / "results", tmp_path, tmp_path / "results")
+def test_a_process_that_dies_in_a_save_leaves_the_others_a_sentence(out, written):
+    said = written[0]["lost"]
     assert said.startswith("the processes of the run lost one another at a checkpoint (process 0: ")
     assert "go on from the last checkpoint" in said
-    assert names(tmp_path) == ["step-00000001"]
-    alone(tmp_path, 1, 1)
+    assert names(out / "lost") == ["step-00000001"]
+    alone(out / "lost", 1, 3)

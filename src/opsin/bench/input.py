@@ -73,7 +73,7 @@ def make_photos(folder: Path, count: int) -> None:
         (folder / f"{number:06d}.jpg").write_bytes((folder / f"{number % DISTINCT:06d}.jpg").read_bytes())
 
 
-def time_input(data: Path | None, workers: int, batch: int, seconds: float, device: torch.device) -> InputResult:
+def time_input(data: str | Path | None, workers: int, batch: int, seconds: float, device: torch.device) -> InputResult:
     """Time decoding, crops, and both, for `seconds` each.
 
     Args:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow shards with the bytes of image files in a column, as the Hugging Face hub and `datasets` write them.
+"""Parquet and Arrow shards with the bytes of image files in a column, as `datasets` and its hub have them.
 
 Such a column holds bytes, or pairs of bytes and path. It is found by its type; among several, the one named `image`
 counts. A column of integers named `label` gives labels, and their names if the schema carries those of `datasets`.
@@ -20,7 +20,7 @@ from opsin.data.files import File, Store
 from opsin.data.pieces import Contents, Damage, pieces
 from opsin.errors import OpsinError
 
-_BROKEN: Final = (pa.ArrowException, OSError, EOFError, struct.error, IndexError)
+_BROKEN: Final = (pa.ArrowException, OSError, EOFError, struct.error, LookupError, ValueError)
 """What a damaged file makes pyarrow raise; a lost connection is an `OpsinError` by then."""
 _MAGIC: Final = b"ARROW1\0\0"
 """Begins an Arrow file of random access, which holds a stream; `datasets` writes the stream alone."""
@@ -46,6 +46,8 @@ def index_parquet(store: Store, file: File) -> Contents:
     except _BROKEN as error:
         raise Damage(f"its footer or labels cannot be read: {_line(error)}") from error
     first = [0, *accumulate(groups)]
+    if first[-1] > file.size or min(groups, default=0) < 0:  # an image has a byte or more
+        raise Damage("its footer is wrong")
     zeros = [0] * len(groups)
     return Contents(pieces(first[:-1], zeros, zeros, [b""] * len(groups), labels), first[-1], column, classes)
 
@@ -58,7 +60,7 @@ def read_parquet(store: Store, name: str, column: str, group: int) -> pa.Chunked
             nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
             table = parquet.read_row_group(group, [f"{column}.bytes" if nested else column], use_threads=False)
             return _bytes(table[column])
-    except (*_BROKEN, KeyError) as error:
+    except _BROKEN as error:
         raise Damage(f"its row group {group} cannot be read: {_line(error)}") from error
 
 
@@ -95,7 +97,7 @@ def read_arrow(store: Store, name: str, column: str, offset: int, length: int) -
     """The images of a record batch, as bytes; of a local file a view of the mapped file. Raises `Damage`."""
     try:
         return _bytes(pa.chunked_array([_read_batch(store, name, offset, length)[column]]))
-    except (*_BROKEN, KeyError) as error:
+    except _BROKEN as error:
         raise Damage(f"its record batch at byte {offset:,} cannot be read: {_line(error)}") from error
 
 
@@ -128,12 +130,14 @@ def _messages(file: BinaryIO, size: int) -> Iterator[_Message]:
         if len(start) < 8:
             raise Damage(f"it is cut short: it ends at byte {size:,} without the mark of an end")
         mark, length = struct.unpack("<Ii", start)
-        if mark != _CONTINUES:
+        if mark != _CONTINUES or not 0 <= length <= size:
             raise Damage(f"there is no Arrow message at byte {at:,}")
         if length == 0:
             return
         kind, body, rows = _parse(file.read(length))
         whole = 8 + length + body
+        if rows > size:  # an image has a byte or more
+            raise Damage(f"there is no Arrow message at byte {at:,}")
         if at + whole > size:
             raise Damage(f"it is cut short: {size:,} of at least {at + whole:,} bytes are there")
         yield _Message(kind, at, whole, rows)
@@ -205,7 +209,9 @@ def _labels(column: Any) -> list[int] | None:
 
 
 def _bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    found = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    found.validate(full=True)  # Arrow has no checksums: a wrong offset would be followed anywhere
+    return found
 
 
 def _line(error: BaseException) -> str:

@@ -66,9 +66,9 @@ _SIGNATURES: Final[tuple[tuple[bytes, type[ImageFile.ImageFile]], ...]] = (
 class DecodeError(OpsinError):
     """A file that gives no pixels."""
 
-    def __init__(self, path: Path | None, reason: str) -> None:
+    def __init__(self, path: Path | str | None, reason: str) -> None:
         self.path = path
-        """The file, or None if the image was given as bytes."""
+        """The file, its URI, or None if the image was given as bytes."""
         self.reason = reason
         """What is wrong with it, without the path."""
         super().__init__(f"cannot decode {'the image' if path is None else shown(path)}: {reason}.")
@@ -114,6 +114,8 @@ def why(error: OSError) -> str:
     """The system's reason for `error`, to be put in brackets."""
     if isinstance(error, FileExistsError):
         return "a file is in the way"
+    if isinstance(error, FileNotFoundError):  # pyarrow's has a text of its own
+        return "no such file or directory"
     return (error.strerror or str(error)).lower()
 
 

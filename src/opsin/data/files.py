@@ -54,9 +54,17 @@ class Place:
     local: bool
     """Whether it is this machine's file system."""
 
+    def at(self, path: str) -> "Place":
+        """Another path of the same file system."""
+        return Place(self.shown[: len(self.shown) - len(self.path)] + path, path, self.system, self.local)
+
     def folder(self) -> "Place":
         """The folder that holds it."""
-        return Place(*(part.rpartition("/")[0] or "/" for part in (self.shown, self.path)), self.system, self.local)
+        return self.at(self.path.rpartition("/")[0] or "/")
+
+    def child(self, name: str) -> "Place":
+        """A path below it."""
+        return self.at(joined(self.path, name))
 
     @property
     def base(self) -> str:
@@ -82,9 +90,9 @@ def locate(spec: str) -> Place:
     rest, _, options = rest.partition("?")
     authority, _, path = rest.partition("/")
     path = path.strip("/")
-    name = _joined(f"{scheme}://{authority.rpartition('@')[2]}", path)
+    name = joined(f"{scheme}://{authority.rpartition('@')[2]}", path)
     if not authority:
-        raise OpsinError(f"{name} names no bucket: write {scheme}://bucket/folder.")
+        raise OpsinError(f"{scheme}://{rest} names no bucket: write {scheme}://bucket/folder.")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if scheme == "s3" and endpoint and "endpoint_override" not in parse_qs(options):
         options += "&" * bool(options) + f"endpoint_override={quote(endpoint, safe='')}"
@@ -95,7 +103,7 @@ def locate(spec: str) -> Place:
             f"cannot use {name} ({_line(error)}): give a local path, or a URI that pyarrow.fs takes, such as "
             "s3://bucket/folder."
         ) from error
-    return Place(name, _joined(base, path), system, False)
+    return Place(name, joined(base, path), system, False)
 
 
 class Store:
@@ -112,8 +120,15 @@ class Store:
         Raises:
             OpsinError: there is no such bucket, access is refused, or the connection is lost.
         """
-        selector = fs.FileSelector(self.root.path, allow_not_found=True, recursive=recursive)
-        found = self._try("", lambda: self.root.system.get_file_info(selector))
+        selector = fs.FileSelector(self.root.path, recursive=recursive)
+        try:
+            found = self._try("", lambda: self.root.system.get_file_info(selector))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OpsinError(
+                f"cannot list {shown(self.root.shown)} ({_line(error)}): check its permissions."
+            ) from error
         prefix = len(self.root.path.rstrip("/")) + 1
         return [
             File(info.path[prefix:], info.size, info.mtime_ns or 0) for info in found if info.type == fs.FileType.File
@@ -121,7 +136,7 @@ class Store:
 
     def find(self, name: str) -> File | None:
         """The file of this name, or None if there is none; raises what `list` does."""
-        info = self._try(name, lambda: self.root.system.get_file_info(_joined(self.root.path, name)))
+        info = self._try(name, lambda: self.root.system.get_file_info(joined(self.root.path, name)))
         return File(name, info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
     def read(self, name: str, offset: int, length: int) -> bytes:
@@ -142,7 +157,7 @@ class Store:
         """All bytes of a file; raises what `read` does."""
 
         def attempt() -> bytes:
-            with self.root.system.open_input_file(_joined(self.root.path, name)) as file:
+            with self.root.system.open_input_file(joined(self.root.path, name)) as file:
                 return bytes(file.read())
 
         return self._try(name, attempt)
@@ -156,7 +171,7 @@ class Store:
         """As `read`, but of a file on this machine the bytes are mapped, not read."""
         if not self.root.local:
             return pa.py_buffer(self.read(name, offset, length))
-        with pa.memory_map(_joined(self.root.path, name)) as mapped:  # the buffer keeps the map
+        with pa.memory_map(joined(self.root.path, name)) as mapped:  # the buffer keeps the map
             return mapped.read_buffer().slice(offset, length)
 
     def _file(self, name: str) -> Any:
@@ -165,7 +180,7 @@ class Store:
             if name in self._open:
                 self._open.move_to_end(name)
                 return self._open[name]
-        opened = self.root.system.open_input_file(_joined(self.root.path, name))
+        opened = self.root.system.open_input_file(joined(self.root.path, name))
         with self._lock:
             self._open[name] = opened
             if len(self._open) > OPEN_FILES:
@@ -181,10 +196,11 @@ class Store:
             except OSError as error:
                 if self.root.local:
                     raise
+
                 self._refused(name, str(error))
                 if wait is None:
                     raise OpsinError(
-                        f"lost the connection to {shown(_joined(self.root.shown, name))} and got no answer in "
+                        f"lost the connection to {shown(joined(self.root.shown, name))} and got no answer in "
                         f"{len(WAITS) + 1} attempts ({_line(error)}): check the network and the endpoint, then give "
                         "the same command again."
                     ) from error
@@ -194,7 +210,7 @@ class Store:
         raise AssertionError("unreachable")
 
     def _refused(self, name: str, text: str) -> None:
-        where = shown(_joined(self.root.shown, name))
+        where = shown(joined(self.root.shown, name))
         if "NO_SUCH_BUCKET" in text:
             raise OpsinError(f"there is no bucket for {where}: check its name, the region and the endpoint.")
         if any(mark in text.upper() for mark in _REFUSALS) or any(mark in text for mark in _REFUSED_STATUS):
@@ -230,7 +246,8 @@ class _Ranges(io.RawIOBase):
         return len(found)
 
 
-def _joined(root: str, name: str) -> str:
+def joined(root: str, name: str) -> str:
+    """A path below another; the root itself for no name."""
     return os.path.join(root, name) if name else root
 
 

@@ -15,6 +15,7 @@ from typing import Self
 from torch import Tensor
 
 from opsin.data.decode import DecodeError, Reduction, Scale, decode_reduced, shown, whole, why
+from opsin.data.shards import Unreadable
 from opsin.data.sources import Source
 from opsin.errors import OpsinError
 
@@ -51,8 +52,9 @@ class PendingImages:
 class ImageReader:
     """Images of a source by index, each as uint8 RGB `[3, H, W]` of its own size (see `decode`).
 
-    A file that cannot be decoded is replaced by the next readable one (index + 1, + 2, … around the end), so what an
-    index gives depends on the files alone: not on threads, nor on what was read before. It is logged and counted once.
+    A file that cannot be decoded is replaced by the next readable one (index + 1, + 2, … around the end), one in a
+    damaged part of a shard by the next behind that part. So what an index gives depends on the files alone: not on
+    threads, nor on what was read before. It is logged and counted once.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class ImageReader:
         self.max_bad_fraction = max_bad_fraction
         self.bad: dict[int, str] = {}
         """Index and reason of the bad files met so far."""
+        self._next: dict[int, int] = {}
+        """The image that is tried in place of a bad one."""
         self._log = log
         self._max_pixels = max_pixels
         self._good = bytearray(len(source))
@@ -98,14 +102,17 @@ class ImageReader:
         count = len(self.source)
         if not 0 <= index < count:
             raise IndexError(f"image {index} of a source with {count}")
-        for candidate in range(index, index + min(TRIES, count)):
-            candidate %= count
+        candidate = index
+        for _ in range(min(TRIES, count)):
             if candidate in self.bad:
+                candidate = self._next[candidate]
                 continue
             try:
-                image = decode_reduced(self.source.path(candidate), reduction, max_pixels=self._max_pixels)
+                image = decode_reduced(self.source.open(candidate), reduction, max_pixels=self._max_pixels)
             except DecodeError as error:
-                self._count_bad(candidate, error.reason)
+                behind = error.end if isinstance(error, Unreadable) else candidate + 1
+                self._count_bad(candidate, error.reason, behind % count)
+                candidate = self._next[candidate]
             else:
                 self._count_good(candidate)
                 return image
@@ -136,10 +143,11 @@ class ImageReader:
             self._good_count += not self._good[index]
             self._good[index] = 1
 
-    def _count_bad(self, index: int, reason: str) -> None:
+    def _count_bad(self, index: int, reason: str, behind: int) -> None:
         with self._lock:
             if index not in self.bad:  # another thread may have met it meanwhile
                 self._write(index, reason)
+                self._next[index] = behind
                 self.bad[index] = reason
             bad = len(self.bad)
             tried = bad + self._good_count
@@ -153,7 +161,7 @@ class ImageReader:
     def _write(self, index: int, reason: str) -> None:
         if self._log is None:
             return
-        line = json.dumps({"index": index, "path": shown(self.source.path(index)), "reason": reason})
+        line = json.dumps({"index": index, "path": shown(self.source.place(index)), "reason": reason})
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as file:
@@ -166,7 +174,7 @@ class ImageReader:
 
     def _too_many(self, finding: str, instead: str = "") -> OpsinError:
         with self._lock:
-            examples = [f"{shown(self.source.paths[i])} ({reason})" for i, reason in sorted(self.bad.items())[:3]]
+            examples = [f"{shown(self.source.name(i))} ({reason})" for i, reason in sorted(self.bad.items())[:3]]
         listed = "" if self._log is None else f" ({shown(self._log)} lists all)"
         return OpsinError(
             f"{finding}, for example {', '.join(examples)}: mend or remove the bad files of "

@@ -68,9 +68,7 @@ def permutation(seed: int, stream: Stream, position: Integers | int, n: int, *, 
     return np.argsort(uniform(seed, stream, position, n, offset=offset), axis=-1, kind="stable")
 
 
-def shuffled_index(
-    seed: int, epoch: Integers, index: Integers, n: int, *, stream: Stream = Stream.ORDER
-) -> Integers:
+def shuffled_index(seed: int, epoch: Integers, index: Integers, n: int, *, stream: Stream = Stream.ORDER) -> Integers:
     """Where sample `index` of `epoch` lies in the data: a keyed permutation of 0 … n-1 for every epoch, in O(1) memory.
 
     Four Feistel rounds with Philox as the round function permute the smallest power of four that holds n; values beyond

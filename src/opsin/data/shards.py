@@ -28,7 +28,7 @@ from opsin.data import columns, tars
 from opsin.data.decode import DecodeError, shown, why
 from opsin.data.files import File, Store
 from opsin.data.order import Order
-from opsin.data.pieces import PIECES, Contents, Damage, pieces
+from opsin.data.pieces import PIECES, Damage, pieces
 from opsin.data.progress import progress as shown_progress
 from opsin.errors import OpsinError
 
@@ -260,31 +260,35 @@ def index_shards(
     before = {shard.file: shard for shard in _recall(kept) if not shard.damage}  # which may be mended unnoticed
     if list(before) == files:
         return Shards(store, ending, list(before.values()), bad)
-    partial = None if kept is None else kept.with_suffix(f".{os.getpid()}")
-    try:
-        if partial is not None:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-        memory = pa.BufferOutputStream()
-        sink = memory if partial is None else pa.OSFile(str(partial), "wb")
-        with sink, _writer(sink) as writer, shown_progress("indexing", len(files), "shards", progress) as advance:
-            for shard in _indexed(store, ending, files, before):
-                about = {name: value for name, value in shard._asdict().items() if name != "pieces"}
-                writer.write_batch(shard.pieces, {"shard": json.dumps(about)})
-                advance(1)
-            writer.close()
-            if partial is None:
-                return Shards(store, ending, _read_index(memory.getvalue()), bad)
-        partial.replace(kept)
-    except OSError as error:
-        raise OpsinError(
-            f"cannot keep the index of shards in {shown(kept.parent if kept else '')} ({why(error)}): choose another "
-            "output folder or free some space."
-        ) from error
-    finally:
-        if partial is not None:
+    indexed = _indexed(store, ending, files, before)
+    with shown_progress("indexing", len(files), "shards", progress) as advance:
+        if kept is None:
+            memory = pa.BufferOutputStream()
+            _write(memory, indexed, advance)
+            return Shards(store, ending, _read_index(memory.getvalue()), bad)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with pa.OSFile(str(partial), "wb") as sink:
+                _write(sink, indexed, advance)
+            partial.replace(kept)
+        except OSError as error:
+            raise OpsinError(
+                f"cannot keep the index of shards in {shown(kept.parent)} ({why(error)}): choose another output folder "
+                "or free some space."
+            ) from error
+        finally:
             with suppress(OSError):
                 partial.unlink()
     return Shards(store, ending, _recall(kept), bad)
+
+
+def _write(sink: Any, shards: Iterator[Shard], advance: Callable[[int], None]) -> None:
+    with pa.ipc.new_file(sink, PIECES.with_metadata({b"form": _FORM})) as writer:
+        for shard in shards:
+            about = {name: value for name, value in shard._asdict().items() if name != "pieces"}
+            writer.write_batch(shard.pieces, {"shard": json.dumps(about)})
+            advance(1)
 
 
 def _indexed(store: Store, ending: str, files: list[File], before: dict[File, Shard]) -> Iterator[Shard]:
@@ -309,10 +313,6 @@ def _indexed(store: Store, ending: str, files: list[File], before: dict[File, Sh
         yield from pool.map(one, files)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _writer(sink: Any) -> Any:
-    return pa.ipc.new_file(sink, PIECES.with_metadata({b"form": _FORM}))
 
 
 def _recall(kept: Path | None) -> list[Shard]:

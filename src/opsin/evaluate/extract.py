@@ -182,7 +182,7 @@ def _computed(
             )
         features = [tuple(tensor.to("cpu", non_blocking=on_gpu) for tensor in group) for group in features]
         arrived = torch.cuda.current_stream(extractor.device).record_event().synchronize if on_gpu else lambda: None
-        return _Batch(indices, [shown(reader.source.paths[i]) for i, _ in readable], groups, features, arrived)
+        return _Batch(indices, [shown(reader.source.name(i)) for i, _ in readable], groups, features, arrived)
 
     before: _Batch | None = None
     for indices, images in batches:

@@ -1,6 +1,7 @@
 """Weighted nearest-neighbour accuracy of a frozen backbone on labelled folders, by the reference's protocol."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -92,8 +93,8 @@ def split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> tuple[N
 
 def knn(
     backbone: VisionTransformer,
-    data: Path,
-    test_data: Path | None = None,
+    data: str | Path,
+    test_data: str | Path | None = None,
     *,
     k: Sequence[int] = NEIGHBOURS,
     temperature: float = 0.07,
@@ -191,7 +192,7 @@ def knn(
         "n_train": len(gallery),
         "n_test": len(queries),
         "classes": [shown(name) for name in train.classes],
-        "left_out": [{"path": shown(source.path(i)), "reason": reason} for source, i, reason in left_out],
+        "left_out": [{"path": shown(source.place(i)), "reason": reason} for source, i, reason in left_out],
         "settings": {
             "data": shown(train.root),
             "test_data": None if test_data is None else shown(test.root),
@@ -204,18 +205,19 @@ def knn(
     }
 
 
-def _labelled(data: Path) -> tuple[Source, NDArray[np.int64]]:
+def _labelled(data: str | Path) -> tuple[Source, NDArray[np.int64]]:
     source = scan(data)
     if source.labels is None:
         raise OpsinError(
-            f"{shown(data)} has no labels: put each image into a sub-folder that is named after its class."
+            f"{shown(data)} has no labels: put each image into a sub-folder that is named after its class, or "
+            "give shards with labels."
         )
     return source, source.labels
 
 
 def _renumbered(test: Source, test_labels: NDArray[np.int64], train: Source) -> NDArray[np.int64]:
     """The test set's labels in the numbering of the train set's classes."""
-    if test.root.samefile(train.root):
+    if os.path.realpath(test.root) == os.path.realpath(train.root):
         raise OpsinError(
             f"{shown(test.root)} is given as train and as test folder, so every image would find itself: leave out the "
             "test folder to have it split."
@@ -258,7 +260,7 @@ def _features(
         )
     if reader.bad:
         first = min(reader.bad)
-        log.warning("%d images left out, first %s (%s)", len(reader.bad), shown(source.path(first)), reader.bad[first])
+        log.warning("%d images left out, first %s (%s)", len(reader.bad), shown(source.place(first)), reader.bad[first])
     if not features.isfinite().all():
         raise OpsinError("the backbone's features are not finite: its weights are damaged, or training diverged.")
     return features, reader.bad

@@ -9,11 +9,12 @@ that of the plan, so that a GPU's path is followed without one.
 The backward is not run: it frees more than it makes. What it needs beyond what was kept is added by two formulas.
 """
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,9 @@ IMAGE_BYTES = 3 * 500 * 375
 """Of a decoded image, as the planner assumes: the usual one of ImageNet's files."""
 UPLOADED = 3
 """Micro-batches of images on a GPU at a time: the one at work, the next, and the first of the next step."""
+ALLOCATOR = {"cpu": 0.2, "cuda": 0.1}
+"""What allocators hold beyond the tensors that come and go, as a share of these. That of a processor is fitted to peaks
+of resident memory (`benchmarks/plan.py`), and has scratch memory of the libraries in it; that of a GPU is assumed."""
 GATHERED_BLOCKS = 2
 """Blocks of a sharded model that are whole at a time: the one at work, and the next on its way."""
 
@@ -57,6 +61,8 @@ class Memory:
     """Scores and gradients of the prototypes."""
     inputs: int
     """Images, crops, masks, and the teacher's features of the whole batch."""
+    allocator: int
+    """Freed blocks that fit no request, and scratch memory of libraries: see `ALLOCATOR`."""
 
     @property
     def state(self) -> int:
@@ -69,8 +75,9 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
+@functools.lru_cache(maxsize=256)
 def step_memory(recipe: Recipe, device: Literal["cpu", "cuda"], spread: Spread = ALONE) -> Memory:
-    """The memory of one process of a run, without what the device itself and its allocator take.
+    """The memory of one process of a run, without what Python, torch and a GPU's context take before there is a model.
 
     Args:
         recipe: of the run; its batch is shared by all processes of `spread`.
@@ -89,16 +96,18 @@ def step_memory(recipe: Recipe, device: Literal["cpu", "cuda"], spread: Spread =
         held = state_bytes(run.parameters, recipe.precision, spread.shard)
         weights, gradients, optimiser = 2 * held // 5, held // 5, held - 3 * held // 5
     images = UPLOADED * micro if device == "cuda" else (recipe.data.ahead + 2) * share
-    extra = images * IMAGE_BYTES + run.static_inputs(recipe)
+    extra = images * IMAGE_BYTES + run.other_crops()
     fullest = max(run.moments(), key=lambda moment: sum(moment.values()))
+    gathered = _gathered(recipe, run) if spread.shard > 1 else 0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimiser=optimiser,
-        gathered=_gathered(recipe, run) if spread.shard > 1 else 0,
+        gathered=gathered,
         activations=fullest["activations"],
         loss=fullest["loss"],
         inputs=fullest["inputs"] + extra,
+        allocator=round(ALLOCATOR[device] * (gathered + fullest.total() + extra)),
     )
 
 
@@ -120,9 +129,9 @@ class Ledger(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch, and count what it gives."""
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__:
             return self.device
-        if func == torch.Tensor.__bool__:  # asked by balancing alone: whether scores are small, as at the start they are
+        if func == torch.Tensor.__bool__:  # only balancing asks: whether scores are small, as they are at the start
             return True
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
@@ -162,7 +171,8 @@ class Ledger(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count in the block, with what autograd keeps of functions that are written in C++."""
-        with self, saved_tensors_hooks(self.record, lambda tensor: tensor):
+        # Detached, for a result that its own function keeps would hold itself alive.
+        with self, saved_tensors_hooks(lambda tensor: self.record(tensor).detach(), lambda tensor: tensor):
             yield
 
 
@@ -207,7 +217,7 @@ class _Traced:
         self.state = _state(step)
         ledger.live.clear()
         ledger.fullest.clear()
-        share, micro = recipe.batch.split(processes)
+        share, _ = recipe.batch.split(processes)
         image = torch.empty((3, 1, 1), dtype=torch.uint8)
         batch = _Shapes(recipe.stream(), 0, [image] * share, META, step.dtype, share=Share(0, processes))
         objective = step.objective
@@ -231,6 +241,7 @@ class _Traced:
             self.forward, self.kept = ledger.fullest.copy(), ledger.live.copy()
             self.tokens, self.rows = _rows(recipe, batch)
             self.crops = inputs[2]
+            self.rendered_ahead = batch.micro_batches == 1
             del terms
         self.itemsize = step.dtype.itemsize
 
@@ -242,11 +253,16 @@ class _Traced:
         block["activations"] += self._block_backward()
         return [self.teacher, self.forward, prototypes, block]
 
-    def static_inputs(self, recipe: Recipe) -> int:
-        """Copies of crops that recorded CUDA graphs read: of the teacher's piece and of the student's."""
-        if self.device == "cpu" or not recipe.graphs:
-            return 0
-        return sum(crops.numel() * crops.itemsize for crops in [self.crops[0], *self.crops])
+    def other_crops(self) -> int:
+        """Bytes of crops beside those at work.
+
+        On a GPU the copies that recorded CUDA graphs read, one for the teacher and one for the student; on a processor
+        those that are rendered ahead.
+        """
+        shown, *local = [crops.numel() * crops.itemsize for crops in self.crops]
+        if self.device == "cuda":
+            return 2 * shown + sum(local) if self.recipe.graphs else 0
+        return self.recipe.data.ahead * (shown + sum(local)) if self.rendered_ahead else 0
 
     def _prototypes_backward(self) -> int:
         """Gradients on their way from the loss to `weight_v`, through product, division and norm."""
@@ -279,8 +295,8 @@ class _Traced:
             return 0
         crops, arch = self.recipe.crops, self.recipe.backbone
         total = 0
-        for kind, rows in zip(("global", "local"), self.rows, strict=False):
-            tokens = 1 + arch.registers + (crops.size(kind) // arch.patch) ** 2
+        for size, rows in zip((crops.global_size, crops.local_size), self.rows, strict=False):
+            tokens = 1 + arch.registers + (size // arch.patch) ** 2
             total += 2 * rows * tokens * arch.heads if tokens <= WRITTEN_OUT else 0
         return total * self.itemsize
 
@@ -330,8 +346,3 @@ def _gathered(recipe: Recipe, run: _Traced) -> int:
     prototypes += 0 if heads.tied else heads.ibot_prototypes * heads.ibot_bottleneck
     full = torch.promote_types(DTYPES[recipe.precision], torch.float32).itemsize
     return 2 * GATHERED_BLOCKS * block * run.itemsize + 2 * prototypes * full
-
-
-def with_micro(recipe: Recipe, micro: int) -> Recipe:
-    """The recipe with micro-batches of another size."""
-    return replace(recipe, batch=replace(recipe.batch, micro=micro))

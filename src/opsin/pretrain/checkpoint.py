@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,24 +28,27 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from opsin import ranks
 from opsin.backbone import weights
-from opsin.backbone.vit import Architecture, VisionTransformer
+from opsin.backbone.vit import Architecture
 from opsin.errors import OpsinError
 
 BACKBONE = "teacher.backbone."
 """How the names of the tensors of `backbone.safetensors` begin in a run."""
 PATIENCE = timedelta(hours=2)
 """How long one process waits for the others to write their parts."""
+
+MOMENT = 60.0
+"""Seconds for which a write in flight may hold up a run that ends with an error."""
 
 T = TypeVar("T")
 
@@ -87,6 +91,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.count() > 1 else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._sums: dict[str, int] = {}
         if ranks.first():
             clean(out)
             self._backbone = weights.empty(arch).to(self.tensors[BACKBONE + "cls_token"].dtype)
@@ -101,8 +106,10 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
+            elif self._writing is not None:  # processes that it waits for may be gone
+                futures_wait([self._writing], timeout=MOMENT)
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=kind is None)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
         """Copy the tensors as they are now, then write them as the checkpoint of `step` finished steps meanwhile.
@@ -188,18 +195,22 @@ class Checkpoints:
     @torch.no_grad()
     def _copy(self) -> None:
         """Copy what this process is to write; the copies stay, so that a run never needs more memory than at first."""
+        if self._group is not None:
+            held = {name: _sum_of_bits(t) for name, t in self.tensors.items() if not isinstance(t, DTensor)}
+            self._sums = dict(zip(held, torch.stack(list(held.values())).tolist(), strict=True))
         for item in self._plan.items:
             name = item.index.fqn
-            held = _local(self.tensors[name])
+            mine = _local(self.tensors[name])
             if name not in self._planner.copies:
-                self._planner.copies[name] = torch.empty(held.shape, dtype=held.dtype)
-            self._planner.copies[name].copy_(held)
+                self._planner.copies[name] = torch.empty(mine.shape, dtype=mine.dtype)
+            self._planner.copies[name].copy_(mine)
 
     def _save(self, step: int, meta: Mapping[str, Any]) -> None:
         """In the thread: write what was copied, and give the folder its name."""
         final = folder(self.out) / f"step-{step:08d}"
         hidden = final.with_name("." + final.name)
         said = partial(self._unwritable, final)
+        self._check_same_everywhere()
         self._fill(hidden, said, step, meta)
         with self._agreed(said):
             if ranks.first():
@@ -219,7 +230,8 @@ class Checkpoints:
                 if ranks.first():
                     shutil.rmtree(path, ignore_errors=True)
                     path.mkdir(parents=True)
-            writer = FileSystemWriter(path, per_thread_copy_ahead=0)
+            # Before torch 2.14 it syncs all but the end of a file, so that is done here; nothing comes from a GPU.
+            writer = FileSystemWriter(path, sync_files=False, per_thread_copy_ahead=0)
             written: list[WriteResult] = []
             with self._agreed(said):
                 if not path.is_dir():
@@ -239,7 +251,7 @@ class Checkpoints:
     def _verify(self, path: Path, written: list[WriteResult]) -> None:
         """Compare what this process has written with what it was to write."""
         for file in path.glob(f"__{ranks.rank()}_*"):
-            _forget(file)
+            _sync(file)
         reader, comparison = FileSystemReader(path), _Comparison(self._planner.copies)
         mine = {result.index: result.storage_data for result in written}
         reader.set_up_storage_reader(Metadata({}, storage_data=mine), ranks.first())
@@ -261,6 +273,7 @@ class Checkpoints:
     ) -> None:
         """Write what there is one of: the index of all parts, the backbone and the meta."""
         writer.finish(self._metadata, written)
+        _sync(path / ".metadata")
         reader = FileSystemReader(path)
         stored = reader.read_metadata()
         places = {result.index: result.storage_data for results in written for result in results}
@@ -270,12 +283,24 @@ class Checkpoints:
         _read(reader, stored, {BACKBONE + name: tensor for name, tensor in self._backbone.state_dict().items()})
         file = path / "backbone.safetensors"
         weights.save(self._backbone, file, {"step": str(meta["step"])})
-        _forget(file)
+        _sync(file)
         with safe_open(file, framework="pt") as backbone:
             _check_bits(self._backbone.state_dict(), backbone.get_tensor)
         (path / "meta.json").write_text(json.dumps(meta, indent=1))
         _sync(path / "meta.json")
         _sync(path)
+
+    def _check_same_everywhere(self) -> None:
+        """Nothing in a run tells processes apart, so what is whole in each is equal bit for bit in all."""
+        everywhere = self._gather(self._sums)
+        for rank, sums in enumerate(everywhere):
+            other = [name for name, total in sums.items() if total != everywhere[0][name]]
+            if other:
+                raise OpsinError(
+                    f"process {rank} has other weights than the first: {len(other)} tensors, such as {other[0]}. "
+                    "Nothing was saved, and the last checkpoint is intact. Give all processes the same kind of "
+                    "device and the same version of torch; if they have, a device is faulty."
+                )
 
     def _check_finite(self, step: int) -> None:
         bad = [name for name, copied in self._planner.copies.items() if not bool(copied.isfinite().all())]
@@ -392,18 +417,25 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _check_bits(written: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
     for name, tensor in written.items():
-        if not torch.equal(_bytes(tensor), _bytes(read(name).cpu())):
+        if not torch.equal(_bits(tensor), _bits(read(name).cpu())):
             raise ValueError(f"'{name}' reads back otherwise than it was written")
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _bits(tensor: Tensor) -> Tensor:
+    """As whole numbers: -0 is not 0 then."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().reshape(-1).view(whole).sum(dtype=torch.int64)
 
 
 def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    shards = getattr(tensor, "to_local", None)
-    return tensor if shards is None else shards()
+    detached: Any = tensor.detach()
+    local: Tensor = detached.to_local() if isinstance(detached, DTensor) else detached
+    return local
 
 
 def _remove(path: Path) -> None:
@@ -415,18 +447,15 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Put a file or folder on the disk, and let the system drop its copy: what is read next comes from there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
-
-
-def _forget(path: Path) -> None:
-    """Let the system drop its copy of a synced file, so that what is read next comes from the disk."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _reason(error: BaseException) -> str:
@@ -442,68 +471,3 @@ def _reason(error: BaseException) -> str:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:,.3g} GB" if count >= 1e9 else f"{count / 1e6:,.3g} MB"
-
-
-# ---- the form before, until loop.py has moved
-
-
-def save(
-    out: Path, step: int, tensors: Mapping[str, Tensor], backbone: VisionTransformer, meta: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of `step` finished steps, then remove all but the latest `keep`."""
-    final = folder(out) / f"step-{step:08d}"
-    partial = folder(out) / f".step-{step:08d}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
-        weights.save(backbone, partial / "backbone.safetensors", {"step": str(step)})
-        (partial / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-        for file in partial.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(folder(out))
-    except (OSError, SafetensorError, OpsinError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # weights.save has its own sentence, this one says more: only the system's reason is taken from it
-        cause = error.__context__ if isinstance(error, OpsinError) else error
-        done = steps(out)
-        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no earlier checkpoint"
-        raise OpsinError(
-            f"cannot write the checkpoint {final}: {_reason(cause or error)}; {left}. Free some space or choose "
-            "another --out, then give the same command again."
-        ) from None
-    for old in steps(out)[:-keep]:
-        shutil.rmtree(folder(out) / f"step-{old:08d}", ignore_errors=True)
-    return final
-
-
-def load(out: Path, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Copy the checkpoint of `step` into `tensors`, which must have exactly its names and shapes; returns its meta."""
-    path = folder(out) / f"step-{step:08d}"
-    try:
-        meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-        with safe_open(path / "state.safetensors", framework="pt") as stored:
-            names = set(stored.keys())
-            odd = sorted(names ^ set(tensors))
-            if odd:
-                raise OpsinError(
-                    f"the checkpoint {path} is of another network: {len(odd)} names differ, the first is '{odd[0]}'. "
-                    "Give the recipe it was made with, or another --out."
-                )
-            with torch.no_grad():
-                for name, target in tensors.items():
-                    value = stored.get_tensor(name)
-                    if value.shape != target.shape or value.dtype != target.dtype:
-                        raise OpsinError(
-                            f"the checkpoint {path} is of another network: '{name}' is {list(value.shape)} "
-                            f"{value.dtype} there and {list(target.shape)} {target.dtype} here. Give the recipe it was "
-                            "made with, or another --out."
-                        )
-                    target.copy_(value)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise OpsinError(
-            f"the checkpoint {path} cannot be read ({_reason(error)}): remove this folder to go on from the one before."
-        ) from None
-    return meta

@@ -15,10 +15,9 @@
 
 A condition is seen at records only, so what takes n steps is named within n + 2 · log_every steps. "The same" counts
 once features have differed, or once the rate has warmed up: a fresh network with LayerScale 1e-5 is as good as
-constant, and needs much of the warm-up to wake. The limits come from experiments with small networks on a processor:
-healthy runs, copies of one image, constant images, noise, rates from 0.01 to 10, no centering. Healthy ones with
-Sinkhorn–Knopp kept a spread of 0.2 and more, with centering by an average 0.04; those that collapsed fell below 0.005
-within 30 to 40 steps, those with a rate of 10 reached losses of 30 to 100 where ignorance costs 5.5.
+constant, and needs much of the warm-up to wake. The limits were found with small networks on a processor: healthy runs
+with both kinds of centering and with LayerScale 1e-5, copies of one image, constant images, noise, no centering, rates
+from 0.01 to 10. tests/pretrain/test_diagnosis.py makes most of these runs again.
 
 What depends on timings is only ever said; what else the doctor remembers is in the run's checkpoint, so a resumed run
 does what an uninterrupted one would.
@@ -63,6 +62,9 @@ TWINS = 2 / 255
 """Largest difference of the 8 × 8 thumbnails of copies, of values in 0 … 1."""
 FLAT = 2 / 255
 """Standard deviation of the values of an empty image."""
+
+COMPARED = 2048
+"""Images of the probe set that are compared with one another."""
 
 NEVER = -1.0
 
@@ -140,7 +142,8 @@ class Doctor:
         self._awake = torch.zeros((), dtype=torch.float64)
         self._since = {name: torch.full((), NEVER, dtype=torch.float64) for name in ("collapse", "diverged")}
         self._told = {name: torch.zeros((), dtype=torch.float64) for name in self._since}
-        self._waits: list[tuple[float, float, int]] = []
+        self._began: int | None = None
+        self._waits: list[tuple[int, float, float]] = []
         self._starved = False
         self._spoilt = False
         views = 2 + recipe.crops.local_count
@@ -182,8 +185,8 @@ class Doctor:
         elif ratio > PROTOTYPES_PER_CROP:
             enough = 2 * batch * PROTOTYPES_PER_CROP
             found.append(
-                f"{prototypes} prototypes are balanced over the {2 * batch} crops of a batch, {ratio:.0f} per crop, and "
-                f"more than {PROTOTYPES_PER_CROP} are known not to train. Raise --batch.size, or lower "
+                f"{prototypes} prototypes are balanced over the {2 * batch} crops of a batch, {ratio:.0f} per crop, "
+                f"and more than {PROTOTYPES_PER_CROP} are known not to train. Raise --batch.size, or lower "
                 f"--heads.dino-prototypes and --heads.ibot-prototypes to {enough} or less"
             )
         findings = [Finding("batch-too-small", 0, sentence + ".", "warn") for sentence in found]
@@ -197,27 +200,26 @@ class Doctor:
         spread = record.get("teacher.spread", math.nan)
         if spread > AWAKE or step >= self.recipe.schedule.warmup_steps:
             self._awake.fill_(1)
-        same = bool(self._awake) and spread < SAME
-        count = self.recipe.heads.dino_prototypes
-        crops = min(count, 2 * self.recipe.batch.size)
-        one = bool(self._awake) and count > 2 and record.get("teacher.use", math.nan) * crops < ONE_PROTOTYPE
+        awake = bool(self._awake)
+        same = awake and spread < SAME
+        one = awake and record.get("teacher.prototypes", math.nan) < ONE_PROTOTYPE
         follows = record.get("student.divergence", math.nan) < FOLLOWS
         worse = [name for name, limit in self._ignorant.items() if limit and record[f"loss.{name}"] > limit]
-        # Twice the loss of ignorance and constant features take different times to be sure of.
-        lost = self._holds("diverged", bool(worse) or (same and not follows), step)
-        lost = lost >= (DIVERGED_STEPS if worse else COLLAPSED_STEPS)
-        collapsed = self._holds("collapse", (same or one) and follows and not worse, step) >= COLLAPSED_STEPS
-        unhealthy = bool(skipped.first) and all(math.isfinite(record[f"loss.{name}"]) for name in self._ignorant)
+        # In fp16, gradients overflow in healthy runs too: so the scale of the loss is found.
+        overflow = bool(skipped.first) and self.recipe.precision != "fp16"
+        burst = overflow and (same or bool(worse)) and all(math.isfinite(record[f"loss.{n}"]) for n in self._ignorant)
 
+        lost = self._holds("diverged", bool(worse) or burst or (same and not follows), step)
+        collapsed = self._holds("collapse", (same or one) and follows and not worse, step)
         findings = []
-        if lost or (unhealthy and (same or worse)):
-            findings += self._trouble("diverged", step, self._divergence(record, worse))
-        elif collapsed and not self._spoilt:
-            findings += self._trouble("collapse", step, self._collapse(record, same))
-        if skipped.first and not findings:
-            findings += self._not_finite(skipped)
+        if (burst and not self._told["diverged"]) or lost >= (DIVERGED_STEPS if worse else COLLAPSED_STEPS):
+            findings = self._trouble("diverged", step, self._divergence(record, worse))
+        elif collapsed >= COLLAPSED_STEPS and not self._spoilt:
+            findings = self._trouble("collapse", step, self._collapse(record, same))
+        elif skipped.first and not burst:
+            findings = self._not_finite(skipped)
         if skipped.row > self.recipe.max_skipped:
-            findings.append(self._give_up(skipped, findings))
+            findings.append(self._give_up(skipped, "diverged" if self._told["diverged"] else "not-finite"))
         return findings + self._starvation(record)
 
     def _holds(self, name: str, condition: bool, step: int) -> int:
@@ -276,7 +278,7 @@ class Doctor:
             f"the teacher gives all images the same features (spread {record['teacher.spread']:.2g}, rank "
             f"{record['teacher.rank']:.2g})"
             if same
-            else f"the teacher assigns all images to one prototype (use {record['teacher.use']:.2g})"
+            else "the teacher assigns all images to one prototype"
         )
         return (
             f"{shown} for {COLLAPSED_STEPS} steps and more. Usual reasons: a rate too high (now {record['rate']:.2g}), "
@@ -302,8 +304,7 @@ class Doctor:
         )
         return [Finding("not-finite", step, sentence, "skip")]
 
-    def _give_up(self, skipped: Skipped, findings: Sequence[Finding]) -> Finding:
-        name = findings[0].name if findings else "not-finite"
+    def _give_up(self, skipped: Skipped, name: str) -> Finding:
         sentence = (
             f"the gradients were NaN or infinite in {skipped.row} steps in a row, the last is step {skipped.last}, and "
             f"max_skipped is {self.recipe.max_skipped}: the run stops, and the weights are those from before. Lower "
@@ -317,12 +318,14 @@ class Doctor:
         if self.device.type == "cpu" or self._starved:
             return []
         step = int(record["step"])
-        self._waits.append((record["data_seconds"], record["step_seconds"], step))
-        # The first record of a process has the wait for the first images, the second is the first to count.
-        self._waits = [self._waits[0], *(wait for wait in self._waits[1:] if step - wait[2] <= STARVED_STEPS)]
-        if step - self._waits[0][2] < STARVED_STEPS or len(self._waits) < 3:
+        if self._began is None:
+            self._began = step  # the first record has the wait for the first images, and does not count
             return []
-        share = sum(wait for wait, _, _ in self._waits[1:]) / max(sum(all_ for _, all_, _ in self._waits[1:]), 1e-9)
+        self._waits.append((step, record["data_seconds"], record["step_seconds"]))
+        self._waits = [wait for wait in self._waits if wait[0] > step - STARVED_STEPS]
+        if step - self._began < STARVED_STEPS:
+            return []
+        share = sum(wait[1] for wait in self._waits) / max(sum(wait[2] for wait in self._waits), 1e-9)
         if share <= STARVED:
             return []
         self._starved = True
@@ -366,14 +369,14 @@ def data_findings(images: Tensor) -> list[Finding]:
             "at what the files hold, and at how they were converted."
         )
         return [Finding("constant-images", 0, sentence, "warn")]
-    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)
+    small = torch.nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten(1)[:COMPARED]
     distance = torch.cdist(small, small, p=torch.inf)
     distance.fill_diagonal_(torch.inf)
     copies = int((distance.amin(1) < TWINS).sum())
-    if copies > MOST * n:
+    if copies > MOST * len(small):
         sentence = (
-            f"{copies} of {n} images of the probe set have a copy among the others, so a batch has few images to tell "
-            "apart: remove the copies."
+            f"{copies} of {len(small)} images of the probe set have a copy among the others, so a batch has few images "
+            "to tell apart: remove the copies."
         )
         return [Finding("duplicates", 0, sentence, "warn")]
     return []

@@ -25,7 +25,8 @@ from opsin.pretrain.parallel import Spread
 from opsin.pretrain.recipe import Recipe, read, to_yaml
 
 FREE_TO_CHANGE = (
-    "data.workers", "data.ahead", "batch.micro", "parallel", "checkpoint", "log_every", "max_skipped", "graphs",
+    "data.workers", "data.ahead", "batch.micro", "parallel", "checkpoint", "monitor", "log_every", "max_skipped",
+    "graphs",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
 

@@ -18,7 +18,6 @@ import torch
 
 from opsin import ranks
 from opsin.data.masks import draw_masks
-from opsin.data.order import Order
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, Summary, scan, summarise
 from opsin.data.stream import Share, Stream
@@ -27,12 +26,12 @@ from opsin.machine import check_precision, pick_device
 from opsin.pretrain import checkpoint, parallel
 from opsin.pretrain.checkpoint import Checkpoints
 from opsin.pretrain.folder import copy, describe, disk_errors, make_folder, only_run, write
-from opsin.pretrain.monitor import Metrics, Skips, Terminal
-from opsin.pretrain.objective import total
+from opsin.pretrain.monitor import Terminal
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import scheduled
 from opsin.pretrain.step import Step
 from opsin.pretrain.stop import lost_processes, stop_signal
+from opsin.pretrain.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Beginning:
 
     first: int
     """Finished steps of the run in the folder; 0 if there is none."""
+    recipe: Recipe
+    """Of the first process, which must be that of all."""
     spread: parallel.Spread
     """Of the model over the processes."""
     fingerprint: str
@@ -81,7 +82,7 @@ def pretrain(
 
     Args:
         recipe: all settings; `opsin.pretrain.recipe.preset(name)` gives the named ones.
-        data: a folder of any depth, or a text file that lists images.
+        data: see `scan`: a folder of any depth, a list, shards, here or in a bucket.
         out: folder of the run; if it holds one already, that run goes on. All processes must see it.
         device: "cuda", "mps" or "cpu"; by default the first of these that is there.
         accept_changes: go on although recipe, data or image decoder differ from those the run began with.
@@ -102,7 +103,7 @@ def pretrain(
             make_folder(out)
             _check_masks(recipe)
             spread = _spread(recipe, on)
-            source = scan(data, cache=out / "cache", progress=not quiet)
+            source = scan(data, out / "cache", not quiet, recipe.data.bad_shards)
             stack.enter_context(only_run(out))
             done = checkpoint.steps(out)
             first = done[-1] if done else 0
@@ -112,27 +113,28 @@ def pretrain(
             _check_sizes(recipe, source, summary)
             settings = {"resumed": bool(done), "accept_changes": accept_changes}
             said, files = describe(recipe, source, summary, out, on, spread, **settings)
-            checkpoint.clean(out)
-            return Beginning(first, spread, source.fingerprint, said, files)
+            return Beginning(first, recipe, spread, source.fingerprint, said, files)
 
         beginning = ranks.by_first(begin)
         first = beginning.first
-        source = scan(data, cache=out / "cache", progress=False)
+        source = scan(data, out / "cache", False, recipe.data.bad_shards)
         if source.fingerprint != beginning.fingerprint:
             raise OpsinError(f"{data} holds other images here than for the first process: give one that all can see.")
+        if recipe != beginning.recipe:
+            raise OpsinError("the settings of this process are not those of the first: give all of them the same.")
         terminal = Terminal(recipe.steps, first, quiet=quiet)
         stack.callback(terminal.close)
         terminal.say(beginning.said)
 
         train = Step(recipe, on, beginning.spread)
-        skips = Skips(on, recipe.max_skipped)
-        checkpoints = stack.enter_context(Checkpoints(out, train.state(), recipe.backbone, recipe.checkpoint.keep))
+        watch = stack.enter_context(Watch(recipe, out, on, terminal.say))
+        state = train.state() | watch.state()
+        checkpoints = stack.enter_context(Checkpoints(out, state, recipe.backbone, recipe.checkpoint.keep))
         if first:
             checkpoints.load(first)
-            train.loaded()
             terminal.say(f"going on from the checkpoint of step {first}")
-        else:
-            terminal.say(checkpoints.self_test())
+        terminal.say(checkpoints.self_test())
+        train.loaded()  # all processes have read what one of them wrote: they begin with the same bits
 
         reader = stack.enter_context(
             ImageReader(
@@ -142,13 +144,11 @@ def pretrain(
                 log=out / "unreadable.jsonl",
             )
         )
-        stream = Stream(recipe.stream(), recipe.data, reader, Order(len(source)), on, train.dtype, share)
+        stream = Stream(recipe.stream(), recipe.data, reader, source.order, on, train.dtype, share)
         if ranks.first():
             for name, text in beginning.files.items():  # only now: the checkpoint fits, a refused run stays as it was
                 write(out / name, text)
-        metrics = Metrics(out / "metrics.jsonl", first) if ranks.first() else None
-        if metrics:
-            stack.callback(metrics.close)
+        watch.begin(first, source, reader, train.objective.teacher.backbone)
         stop = stack.enter_context(stop_signal())
 
         meta = {"recipe": asdict(recipe)}
@@ -161,33 +161,20 @@ def pretrain(
             batch = next(batches)
             waited += time.perf_counter() - began
 
-            values = scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size)
+            values = watch.treated(scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size))
             outcome = train(batch, values)
-            skips.update(step, outcome.finite)
+            watch.note(step, outcome)
             step += 1
 
-            if step % recipe.log_every == 0 or step == recipe.steps:
-                skipped = skips.check(outcome.norms, terminal.say)
-                sums = ranks.sum_(torch.stack(list(outcome.terms.values()))).tolist()
-                terms = dict(zip(outcome.terms, sums, strict=True))
-                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                record = {
-                    "step": step,
-                    "images": step * recipe.batch.size,
-                    "epoch": step * recipe.batch.size / len(source),
-                    "loss": total(terms),
-                    **{f"loss.{name}": term for name, term in terms.items()},
-                    **{f"grad_norm.{name}": float(norm) for name, norm in outcome.norms.items()},
-                    **asdict(values),
-                    "skipped": skipped,
+            if watch.due(step):
+                elapsed = time.perf_counter() - clock
+                timings = {
                     "images_per_second": (step - logged) * recipe.batch.size / elapsed,
                     "step_seconds": elapsed / (step - logged),
                     "data_seconds": waited / (step - logged),
                 }
-                if metrics:
-                    metrics.write(record)
-                terminal.show(record)
-                waited, logged = 0.0, step
+                terminal.show(watch.record(step, outcome, values, timings, train.objective.teacher.backbone))
+                waited, logged, clock = 0.0, step, time.perf_counter()
             if step % recipe.checkpoint.every == 0:
                 checkpoints.save(step, meta)
                 saved = step

@@ -1,9 +1,9 @@
 """What the teacher's assignments of a batch say about a run, without labels and without another forward.
 
     teacher.entropy     mean entropy of an assignment as a share of log K: 1 says "any prototype", 0 names one
-    teacher.use         prototypes in use: exp of the entropy of how often each is the most likely one (the perplexity
-                        of VQ-VAE's code book, van den Oord et al., 1711.00937), as a share of min(K, crops measured).
-                        The mean assignment itself would say nothing: Sinkhorn–Knopp makes it even whatever happens
+    teacher.prototypes  prototypes in use: exp of the entropy of how often each is the most likely one (the perplexity
+                        of VQ-VAE's code book, van den Oord et al., 1711.00937), from 1 to min(K, crops measured). The
+                        mean assignment itself would say nothing: Sinkhorn–Knopp makes it even whatever happens
     teacher.agreement   share of images whose second global crop is nearest to their own first crop, among all first
                         crops measured; a network that knows nothing reaches 1 / images
     teacher.spread      1 - |mean feature|², the variance of the features on their sphere: 0 if all are the same
@@ -61,14 +61,14 @@ def describe(outcome: Outcome, loss: LossRecipe, views: int) -> dict[str, float]
 
 
 def pairs(views: int) -> float:
-    """What the weights of the DINO loss sum to over the pairs of crops (see `objective`): 1, or ⅔ without local crops."""
+    """What the DINO loss's weights of pairs of crops sum to (see `objective`): 1, or ⅔ without local crops."""
     local = 2 * (views - 2)
     return (local + 2) / (max(local, 1) + 2)
 
 
 @torch.no_grad()
 def measure(targets: Targets) -> dict[str, float]:
-    """Entropy, use, agreement, spread and rank of the teacher's assignments of images, by the definitions above.
+    """Entropy, prototypes in use, agreement, spread and rank of the teacher's assignments of images, as defined above.
 
     Args:
         targets: of this process's images, with 2 views.
@@ -84,10 +84,9 @@ def measure(targets: Targets) -> dict[str, float]:
     sums = ranks.sum_(torch.cat([mine, z.sum((0, 1)), used]))
     entropy, agreement, rank, crops, processes = sums[:5].tolist()
     mean, share = sums[5 : 5 + z.shape[-1]] / crops, sums[5 + z.shape[-1] :] / crops
-    perplexity = torch.exp(-torch.xlogy(share, share).sum()).item()
     return {
         "entropy": entropy / crops / math.log(count) if count > 1 else 0.0,
-        "use": perplexity / min(count, crops),
+        "prototypes": torch.exp(-torch.xlogy(share, share).sum()).item(),
         "agreement": agreement / processes,
         "spread": 1 - mean.square().sum().item(),
         "rank": rank / processes,

@@ -6,7 +6,7 @@ A record holds:
     loss                                    the sum of loss.dino, loss.ibot and loss.koleo
     loss.dino, .dino_global, .dino_local, .ibot, .koleo     its terms; KoLeo's may be negative
     grad_norm.<part>                        of backbone, dino_head and ibot_head, before clipping
-    teacher.entropy, .use, .agreement, .spread, .rank       of the teacher's assignments, see `measures`
+    teacher.entropy, .prototypes, .agreement, .spread, .rank  of the teacher's assignments, see `measures`
     student.divergence                      KL divergence of the student's assignments, see `measures`
     rate, last_layer_rate, decay, momentum, teacher_temperature     of the step, as the schedule and the doctor have it
     skipped                                 steps left out so far, because their gradients were not finite
@@ -19,24 +19,22 @@ What is wrong with a run gets a name in `diagnosis`; `watch` brings all of it to
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, within
 
 
 @dataclass(frozen=True)
 class MonitorRecipe:
     """How a run watches itself."""
 
-    policy: Literal["warn", "lower", "stop"] = "lower"
+    policy: Literal["warn", "lower", "stop"] = "warn"
     """When the features collapse or the run diverges: say so, multiply the rate by lower_by for the rest of the run, or
     stop. Gradients that are not finite are left out in any case, see max_skipped."""
     lower_by: float = 0.5
@@ -55,7 +53,7 @@ class MonitorRecipe:
 
     def __post_init__(self) -> None:
         within(self, "monitor.", lower_by=(1e-3, 0.99), lower_most=(0, 100), probe_every=(0, FINITE))
-        within(self, "monitor.", probe_images=(2, 100_000))
+        within(self, "monitor.", probe_images=(2, 10_000))
 
 
 class Metrics:
@@ -84,38 +82,6 @@ class Metrics:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class Skips:
-    """Counts steps without finite gradients on the device; the host reads the counts when it reads the losses."""
-
-    def __init__(self, device: torch.device, most_in_a_row: int) -> None:
-        self.most_in_a_row = most_in_a_row
-        self.total = torch.zeros((), dtype=torch.int64, device=device)
-        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.last = torch.full((), -1, dtype=torch.int64, device=device)
-        self._told = 0
-
-    def update(self, step: int, finite: Tensor) -> None:
-        """Note whether `step` was finite."""
-        self.total += ~finite
-        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
-        self.last.copy_(torch.where(finite, self.last, step))
-
-    def check(self, norms: Mapping[str, Tensor], say: Callable[[str], None]) -> int:
-        """Tell of new skips, stop after too many in a row; returns how many there were so far."""
-        total, row, last = int(self.total), int(self.in_a_row), int(self.last)
-        if row > self.most_in_a_row:
-            bad = [name for name, norm in norms.items() if not torch.isfinite(norm)]
-            raise OpsinError(
-                f"the gradients of {', '.join(bad) or 'some part'} were NaN or infinite in {row} steps in a row, the "
-                f"last is step {last}: the weights are those from before. Lower schedule.rate, or train "
-                "with precision bf16 or fp32."
-            )
-        if total > self._told:
-            say(f"{total - self._told} step(s) left out for NaN or infinite gradients, the last is step {last}")
-            self._told = total
-        return total
 
 
 class Terminal:

@@ -182,6 +182,18 @@ def last_micro_batch(student: Network, last: bool) -> None:
             layer.set_reshard_after_backward(last)
 
 
+def forget_forwards(teacher: Network) -> None:
+    """After the teacher's forwards of a step: FSDP keeps a list of them, which only a backward would end.
+
+    torch 2.11 has no way to do so: there a sharded run's host memory grows by some 50 bytes per block and forward.
+    """
+    for head in (teacher.dino_head, teacher.patch_head):
+        units: tuple[Any, ...] = (teacher.backbone, head.mlp, head.last_layer)
+        for unit in units:
+            if hasattr(unit, "reset_iter_state"):
+                unit.reset_iter_state()
+
+
 class RecomputedBlock(FusedBlock):
     """A block of which only the input is stored: its activations are computed again in the backward."""
 

@@ -87,6 +87,7 @@ class Step:
             numbers = numbers.pin_memory()
         scalars = dict(zip(asdict(values), numbers.to(self.device, non_blocking=True).unbind(), strict=True))
         targets = self.objective.targets(batch, scalars.pop("teacher_temperature"), self.look, self.balance)
+        parallel.forget_forwards(self.teacher)
         sums: dict[str, Tensor] = {}
         for micro in range(batch.micro_batches):
             parallel.last_micro_batch(self.student, micro == batch.micro_batches - 1)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch
 import torch.distributed as dist
 
 from opsin import ranks
 from opsin.errors import OpsinError
 from opsin.pretrain import checkpoint
 
+GONE = "clos|reset|timed? ?out|remote|unreachable|refused|broken pipe"
+"""What gloo and NCCL say of a process that is gone; their other errors are of this process."""
 FAILED = 1000
 """Larger than the number of any signal."""
 
@@ -28,8 +29,7 @@ class Stop:
 
         All processes ask between the same two steps, and stop together.
         """
-        mine = FAILED if failed else self.signal or 0
-        return int(ranks.max_(torch.tensor(mine))) or None
+        return ranks.agree(FAILED if failed else self.signal or 0) or None
 
 
 @contextlib.contextmanager
@@ -61,7 +61,8 @@ def lost_processes(out: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if ranks.count() == 1 or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", text, re.IGNORECASE)):
+        sent = isinstance(error, dist.DistError) or re.search("gloo|nccl", text, re.IGNORECASE)
+        if ranks.count() == 1 or not sent or not re.search(GONE, text, re.IGNORECASE):
             raise
         done = checkpoint.steps(out)
         left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"

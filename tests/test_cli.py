@@ -165,8 +165,8 @@ def test_the_installed_command_and_its_status():
         ("evaluate kn --data x", "unknown command 'evaluate kn': did you mean 'evaluate knn'?"),
         (
             "xyz",
-            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, pretrain, "
-            "quickstart, recipes.",
+            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, launch "
+            "slurm, plan, plan curation, pretrain, quickstart, recipes.",
         ),
         ("recipes --all", "unknown option '--all': known: --help."),
         ("features --dat x", "unknown option '--dat': did you mean '--data'?"),
@@ -307,7 +307,7 @@ def test_a_run_of_another_architecture_is_refused(photos, run, refused):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_the_way_out(photos, run, refused, capsys):
     last = run / "checkpoints" / "step-00000004"
-    with open(last / "state.safetensors", "r+b") as state:
+    with open(last / "__0_0.distcp", "r+b") as state:
         state.truncate(5000)
     before = contents(run)
     said = refused(*pretrain(photos, run))
@@ -406,12 +406,12 @@ def test_a_disk_too_full_for_another_record(photos, run, refused):
     metrics = run / "metrics.jsonl"
     shutil.rmtree(run / "checkpoints" / "step-00000004")
     steps = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text(steps[0] * 50 + steps[1])
+    metrics.write_text(steps[0] * 2000 + steps[1])  # larger than a checkpoint
     with largest_file(metrics.stat().st_size + 100):
         said = refused(*pretrain(photos, run))
     assert said.startswith(f"cannot read or write the files of the run {run}: File too large; the checkpoint of step 2")
     assert main(pretrain(photos, run)) == 0
-    assert len(metrics.read_text().splitlines()) == 53
+    assert len(metrics.read_text().splitlines()) == 2003
 
 
 def test_features_on_a_full_disk_lose_nothing(photos, finished, tmp_path, refused):

@@ -51,7 +51,7 @@ def test_the_ledger_sees_what_autograd_keeps():
     x = torch.empty(4, 100, device=META, requires_grad=True)
     with ledger.watching():
         y = F.layer_norm(x.exp(), (100,))
-        # the exponential, which both functions keep; the result; and a mean and a deviation for each row, which nobody sees
+        # the exponential, which both functions keep, the result, and a mean and a deviation of each row, seen by nobody
         assert ledger.live.total() == 2 * 1600 + 2 * 16
         del y
         assert ledger.live.total() == 0

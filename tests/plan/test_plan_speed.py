@@ -42,7 +42,7 @@ def test_the_step_it_was_calibrated_on_comes_out(backbone, batch, products, atte
     recipe = recipe_of(backbone, batch, "bf16", 65536, 224)
     parts = step_time(recipe, work, find("h100", "bf16"), Spread(), 8, 25e9)
     assert parts.products.fast <= 1.001e-3 * products <= parts.products.slow
-    assert parts.attention.slow == pytest.approx(1e-3 * attention, rel=0.05)
+    assert parts.attention.slow == pytest.approx(1e-3 * attention, rel=0.07)
     assert parts.bandwidth.slow == pytest.approx(1e-3 * rest, rel=0.05)
     assert parts.seconds.fast < parts.seconds.slow
 

@@ -37,7 +37,7 @@ class Range(NamedTuple):
 PRODUCTS = Range(0.78, 0.94)
 """Of a large product's speed, what the products of a step reach: 0.78 for ViT-S/14, 0.94 for ViT-L/14."""
 ATTENTION = 0.11
-"""Of a large product's speed, what attention reaches, its recomputed scores not counted: 0.113 and 0.107."""
+"""Of a large product's speed, what attention reaches, its recomputed scores not counted: 0.113 and 0.105."""
 PASSES = Range(121, 70)
 """Times that a block reads or writes a computed token `[D]` outside products and attention, forward and backward: 122
 and 121 in the prototype; about 70 by a count of what the fused kernels and the sums of the biases' gradients touch."""

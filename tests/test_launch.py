@@ -224,7 +224,8 @@ def task(monkeypatch, slurm):
 
     def call(status: int, rank: int = 0, state: str = "RUNNING") -> int | str:
         (slurm / "7000.state").write_text(state)
-        signal.signal(signal.SIGHUP, back)
+        for number in before:
+            signal.signal(number, back)
         monkeypatch.setattr(launch, "environment", lambda: {"RANK": str(rank)})
         monkeypatch.setattr(launch.pkgutil, "resolve_name", lambda _: lambda _: status)
         try:

@@ -45,6 +45,25 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise OpsinError("MPS has no fp64: give --precision fp32, or --device cpu.")
 
 
+def joules(device: torch.device) -> float | None:
+    """Energy that a GPU has used since its driver was loaded, by NVML; None for other devices.
+
+    Also None where the package nvidia-ml-py (in opsin[track]) or the GPU's counter is missing.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers may be others than CUDA's
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(name))) / 1000
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether kernels for CUDA can be compiled: torch brings Triton along on Linux."""

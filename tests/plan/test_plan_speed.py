@@ -52,12 +52,10 @@ def test_the_step_it_was_calibrated_on_comes_out(backbone, batch, products, atte
     ("name", "gpu", "spread", "implied"),
     [("vitl14", "a100-80", Spread(96, 1), 70), ("vitg14", "a100-40", Spread(32, 8), 24)],
 )
-def test_published_runs_lie_in_the_range(name, gpu, spread, implied):
+def test_published_runs_of_the_reference_are_somewhat_slower(name, gpu, spread, implied):
     recipe = preset(name)
     seconds = step_time(recipe, work_of(recipe), find(gpu, "bf16"), spread, 8, 25e9).seconds
-    slow, fast = (recipe.batch.size / spread.replicate / spread.shard / end for end in seconds)
-    assert slow <= implied * 1.05
-    assert implied <= fast
+    assert 0.75 < implied / (recipe.batch.size / spread.replicate / spread.shard / seconds.slow) < 1
 
 
 def test_nothing_is_sent_by_one_process():
@@ -72,10 +70,11 @@ def test_what_is_sent_depends_on_the_spread():
 
     # Two processes of a machine: half of twice the gradients in fp32, over the link.
     assert seconds(Spread(2, 1)) == pytest.approx(0.5 * 2 * 4 * 1100 / 1e6)
-    assert seconds(Spread(8, 1)) == pytest.approx(7 / 8 * 2 * 4 * 1100 / 1e3)  # two machines: over the network
+    assert seconds(Spread(8, 1)) == pytest.approx(7 / 8 * 2 * 4 * 1100 / 4e3)  # two machines, each with four ports
     sharded = 0.75 * (4 * 2 * 1000 + 12 * 100) / 1e6
     assert seconds(Spread(1, 4)) == pytest.approx(sharded)
     assert seconds(Spread(1, 4), 3) == pytest.approx(sharded + 2 * 0.75 * 4 * 2 * 1000 / 1e6)
+    assert seconds(Spread(1, 8)) == pytest.approx(7 / 8 * (4 * 2 * 1000 + 12 * 100) / 4e3)
     assert seconds(Spread(2, 4)) == pytest.approx(sharded + 0.5 * 2 * 4 * 1100 / 4 / 1e3)
 
 

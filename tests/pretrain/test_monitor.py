@@ -17,7 +17,7 @@ from opsin.backbone.probe import rank_me
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.errors import OpsinError
-from opsin.pretrain import measures
+from opsin.pretrain import measures, watch
 from opsin.pretrain.measures import measure, pairs
 from opsin.pretrain.monitor import Metrics
 from opsin.pretrain.probe import Probe, Sample, labelled_sample
@@ -245,3 +245,17 @@ def test_a_watch_that_never_began_can_be_closed(tmp_path):
     with Watch(tiny(), tmp_path, CPU, print):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_energy_is_added_up_over_restarts(monkeypatch):
+    counter = iter([1000.0, 1500.0, 4600.0, 10_000.0, 13_600.0])
+    monkeypatch.setattr(watch, "joules", lambda _: next(counter))
+    meter = watch.Meter(CPU)
+    assert [meter.read() for _ in range(2)] == [{"kilowatt_hours": 500 / 3.6e6}, {"kilowatt_hours": 3600 / 3.6e6}]
+    again = watch.Meter(CPU)
+    again.total.copy_(meter.total)
+    assert again.read() == {"kilowatt_hours": 0.002}
+
+
+def test_without_a_meter_there_is_no_number():
+    assert watch.Meter(CPU).read() == {}

@@ -36,7 +36,7 @@ IMAGE_BYTES = 3 * 500 * 375
 """Of a decoded image, as the planner assumes: the usual one of ImageNet's files."""
 UPLOADED = 3
 """Micro-batches of images on a GPU at a time: the one at work, the next, and the first of the next step."""
-ALLOCATOR = {"cpu": 0.2, "cuda": 0.1}
+ALLOCATOR = {"cpu": 0.3, "cuda": 0.1}
 """What allocators hold beyond the tensors that come and go, as a share of these. That of a processor is fitted to peaks
 of resident memory (`benchmarks/plan.py`), and has scratch memory of the libraries in it; that of a GPU is assumed."""
 GATHERED_BLOCKS = 2
@@ -265,12 +265,15 @@ class _Traced:
         return self.recipe.data.ahead * (shown + sum(local)) if self.rendered_ahead else 0
 
     def _prototypes_backward(self) -> int:
-        """Gradients on their way from the loss to `weight_v`, through product, division and norm."""
+        """Gradients on their way from the loss to `weight_v`, through product, division and norm.
+
+        Four arrays of the prototypes' size, two of which take the place of what the loss had kept.
+        """
         heads = self.recipe.heads
         count, width = heads.ibot_prototypes, heads.ibot_bottleneck
         if heads.tied:
             count, width = heads.dino_prototypes, heads.dino_bottleneck
-        return 4 * count * width * torch.promote_types(DTYPES[self.recipe.precision], torch.float32).itemsize
+        return 2 * count * width * torch.promote_types(DTYPES[self.recipe.precision], torch.float32).itemsize
 
     def _block_backward(self) -> int:
         """What the fullest backward of a block makes, at its feed-forward part or its attention.

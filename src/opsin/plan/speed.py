@@ -177,25 +177,27 @@ def step_time(recipe: Recipe, work: Work, device: Device, spread: Spread, per_no
 def communication(
     recipe: Recipe, work: Work, spread: Spread, per_node: int, link: float, network: float, micro_batches: int
 ) -> float:
-    """Seconds in which a GPU sends its part of weights and gradients, by rings over the slowest link between them.
+    """Seconds in which a GPU sends its part of weights and gradients round rings.
 
     Replicated: gradients in fp32, once per step. Sharded: the backbone's weights are gathered for the teacher's forward
     and for the student's forward and backward, and its gradients summed, in the products' precision, for every
-    micro-batch; prototypes and their gradients in fp32 once. Hybrid: also the shards' gradients across machines.
+    micro-batch; prototypes and their gradients in fp32 once. Hybrid: also the shards' gradients across machines, which
+    every GPU sends for itself. A ring over all GPUs of several machines leaves each through the ports of all its GPUs.
     """
     half = DTYPES[recipe.precision].itemsize
+    together = min(link, network * per_node)
 
     def ring(members: int, speed: float) -> float:
         return (members - 1) / members / speed
 
     seconds = 0.0
     if spread.shard > 1:
-        speed = link if spread.shard <= per_node else network
         sent = 4.0 * half * work.backbone * micro_batches + 4.0 * 3 * work.heads
-        seconds += ring(spread.shard, speed) * sent
+        seconds += ring(spread.shard, link if spread.shard <= per_node else together) * sent
     if spread.replicate > 1:
-        across = spread.shard > 1 or spread.replicate > per_node
-        seconds += ring(spread.replicate, network if across else link) * 2 * 4.0 * work.parameters / spread.shard
+        alone = network if spread.shard > 1 else together
+        speed = link if spread.shard * spread.replicate <= per_node else alone
+        seconds += ring(spread.replicate, speed) * 2 * 4.0 * work.parameters / spread.shard
     return seconds
 
 

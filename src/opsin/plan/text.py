@@ -24,7 +24,7 @@ def training_text(plan: Plan) -> str:
     rows.append(("seconds per step", _range(plan.parts.seconds)))
     rows += [(f"  {part.name}", _range(getattr(plan.parts, part.name))) for part in fields(plan.parts)]
     rows += [
-        ("images/s", f"{_range(plan.images_per_second)}, {_range(_each(plan))} on each"),
+        ("images/s", _range(plan.images_per_second) + (f", {_range(_each(plan))} on each" * (cluster.gpus > 1))),
         ("of a large product", f"{plan.utilisation.slow:.0%} to {plan.utilisation.fast:.0%}"),
         ("days to the end", _range(plan.days)),
         ("GPU hours", _range(plan.gpu_hours)),

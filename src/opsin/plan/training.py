@@ -165,37 +165,34 @@ def _verdict(
 
 def _way_out(recipe: Recipe, device: Device, cluster: Cluster, spread: Spread) -> str:
     """The first change that makes a single group fit, those first that leave the result as it is."""
-    smallest = _with_micro(recipe, recipe.batch.group)
-    for change, options, why in _changes(smallest, device, cluster, spread):
-        try:
-            if _fits(change, device, _spread(change, device, cluster)):
-                return f"give {options}: {why}"
-        except OpsinError:  # such as a mode for which the machines are too uneven
-            continue
-    needed = step_memory(smallest, device.kind, spread).total / GIB
+    for change, options, why in _changes(recipe, device, cluster, spread):
+        if _fits(change, device, _spread(change, device, cluster)):
+            return f"give {options}: {why}"
+    needed = step_memory(_with_micro(recipe, recipe.batch.group), device.kind, spread).total / GIB
     return f"one group of {recipe.batch.group} needs {needed:.1f} GiB: take more GPUs, or GPUs with more memory"
 
 
-def _changes(recipe: Recipe, device: Device, cluster: Cluster, spread: Spread) -> list[tuple[Recipe, str, str]]:
+def _changes(asked: Recipe, device: Device, cluster: Cluster, spread: Spread) -> list[tuple[Recipe, str, str]]:
     """Recipes that need less memory, with the options that give them and what they change."""
+    recipe = _with_micro(asked, asked.batch.group)
     group, parallel = recipe.batch.group, recipe.parallel
     full = replace(parallel, recompute="full")
-    micro = f"--batch.micro {group}"
+    micro = "" if recipe.batch.micro == asked.batch.micro else f"--batch.micro {group} "
     found: list[tuple[Recipe, str, str]] = []
     if parallel.recompute == "none":
         changed = replace(recipe, parallel=replace(parallel, recompute="selective"))
-        found.append((changed, f"{micro} --parallel.recompute selective", "the same result, for some more time"))
+        found.append((changed, f"{micro}--parallel.recompute selective", "the same result, for some more time"))
     if parallel.recompute != "full":
         changed = replace(recipe, parallel=full)
-        found.append((changed, f"{micro} --parallel.recompute full", "the same result, for up to a third more time"))
+        found.append((changed, f"{micro}--parallel.recompute full", "the same result, for up to a third more time"))
     if spread.shard < cluster.gpus:
         for settings in dict.fromkeys((replace(parallel, mode="shard"), replace(full, mode="shard"))):
-            options = f"{micro} --parallel.mode shard --parallel.recompute {settings.recompute}"
+            options = f"{micro}--parallel.mode shard --parallel.recompute {settings.recompute}"
             found.append((replace(recipe, parallel=settings), options, "the same result, with more communication"))
     if recipe.precision == "fp32":
         half: Literal["bf16", "fp16"] = "bf16" if device.bf16 else "fp16"
         changed = replace(recipe, precision=half, parallel=full)
-        options = f"{micro} --precision {half} --parallel.recompute full"
+        options = f"{micro}--precision {half} --parallel.recompute full"
         found.append((changed, options, "products are then rounded to half precision"))
     for smaller in [size for size in range(group // 2, 1, -1) if recipe.batch.size % (size * cluster.gpus) == 0]:
         changed = replace(recipe, batch=replace(recipe.batch, micro=smaller, group=smaller), parallel=full)

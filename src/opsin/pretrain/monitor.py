@@ -12,6 +12,7 @@ A record holds:
     skipped                                 steps left out so far, because their gradients were not finite
     lowered                                 how many times the doctor has lowered the rate, see `diagnosis`
     images_per_second, step_seconds, data_seconds           the last is the part of a step spent waiting for images
+    kilowatt_hours                          of all GPUs since the first step, by NVML; only where that is to be had
     probe.rank, probe.knn                   every monitor.probe_every steps: of the fixed set of images, see `probe`
 
 What is wrong with a run gets a name in `diagnosis`; `watch` brings all of it together.

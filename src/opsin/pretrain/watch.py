@@ -20,6 +20,7 @@ from opsin.backbone.vit import VisionTransformer
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source
 from opsin.errors import OpsinError
+from opsin.machine import joules
 from opsin.pretrain import measures
 from opsin.pretrain.diagnosis import Doctor, Finding, Skips
 from opsin.pretrain.monitor import Metrics
@@ -28,6 +29,25 @@ from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.schedules import Scheduled
 from opsin.pretrain.step import Outcome
 from opsin.pretrain.trackers import Trackers
+
+
+class Meter:
+    """Energy that all GPUs of a run have used, from its first step on, also over restarts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total = torch.zeros((), dtype=torch.float64)
+        """Joules."""
+        self._last = joules(device)
+
+    def read(self) -> dict[str, float]:
+        """The number of a record; none if there is no meter. All processes call it together."""
+        now = joules(self.device)
+        if now is None or self._last is None:
+            return {}
+        self.total += ranks.sum_(torch.tensor(now - self._last, dtype=torch.float64))
+        self._last = now
+        return {"kilowatt_hours": float(self.total) / 3.6e6}
 
 
 class Watch:
@@ -45,7 +65,7 @@ class Watch:
 
     def __init__(self, recipe: Recipe, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
         self.recipe, self.out, self._say = recipe, out, say
-        self.doctor, self.skips = Doctor(recipe, device), Skips(device)
+        self.doctor, self.skips, self.meter = Doctor(recipe, device), Skips(device), Meter(device)
         self._open = ExitStack()
         self._metrics: Metrics | None = None
         self._trackers: Trackers | None = None
@@ -60,7 +80,11 @@ class Watch:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps beside those of `Step`, by name."""
-        parts = {"doctor": self.doctor.state(), "skips": self.skips.state()}
+        parts = {
+            "doctor": self.doctor.state(),
+            "skips": self.skips.state(),
+            "meter": {"joules": self.meter.total},
+        }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def begin(self, first: int, source: Source, reader: ImageReader, backbone: VisionTransformer) -> None:
@@ -141,6 +165,7 @@ class Watch:
             "skipped": skipped.total,
             "lowered": int(self.doctor.lowered),
             **timings,
+            **self.meter.read(),
         }
         return record, self.doctor.examine(record, skipped)
 

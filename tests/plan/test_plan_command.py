@@ -104,7 +104,7 @@ def test_options_are_those_of_the_recipe(capsys, tmp_path):
         (["--gpus", "2", "--gpu", "cpu"], "--gpus is 2 for a processor: plan one process, with --gpus 1."),
         (
             ["--gpus", "3"],
-            "batch.size 32 is 8 groups of batch.group 4, which 3 processes cannot share equally: "
+            "batch.size 32 is 8 × batch.group 4, which 3 processes cannot share equally: "
             "try batch.size 24 or 36, or --gpus 2 or 4.",
         ),
         (["--gpuss", "3"], "unknown option '--gpuss': did you mean '--gpus'?"),

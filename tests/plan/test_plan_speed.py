@@ -52,10 +52,10 @@ def test_the_step_it_was_calibrated_on_comes_out(backbone, batch, products, atte
     ("name", "gpu", "spread", "implied"),
     [("vitl14", "a100-80", Spread(96, 1), 70), ("vitg14", "a100-40", Spread(32, 8), 24)],
 )
-def test_published_runs_of_the_reference_are_somewhat_slower(name, gpu, spread, implied):
+def test_published_runs_of_the_reference_are_near_the_slow_end(name, gpu, spread, implied):
     recipe = preset(name)
     seconds = step_time(recipe, work_of(recipe), find(gpu, "bf16"), spread, 8, 25e9).seconds
-    assert 0.75 < implied / (recipe.batch.size / spread.replicate / spread.shard / seconds.slow) < 1
+    assert 0.75 < implied / (recipe.batch.size / spread.replicate / spread.shard / seconds.slow) < 1.05
 
 
 def test_nothing_is_sent_by_one_process():

@@ -185,7 +185,7 @@ def test_a_batch_that_cannot_be_shared_names_those_that_can():
     with pytest.raises(OpsinError) as error:
         batch.split(2)
     assert str(error.value) == (
-        "batch.size 96 is 3 groups of batch.group 32, which 2 processes cannot share equally: try batch.size 64 or "
+        "batch.size 96 is 3 × batch.group 32, which 2 processes cannot share equally: try batch.size 64 or "
         "128, or batch.group 48."
     )
 

@@ -219,7 +219,7 @@ _CACHE_ROWS = 8
 def render(
     recipe: CropRecipe, kind: Kind, images: Sequence[Tensor], plan: CropPlan, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Normalised crops `[n, C, S, S]`, ordered as the plan; computed in fp32.
+    """Normalised crops `[n, C, S, S]`, ordered as the plan; resized in fp32, and then computed in at least fp32.
 
     Args:
         recipe: for the size, the mean and the standard deviation.
@@ -242,14 +242,15 @@ def render(
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (recipe.mean, recipe.std))
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        crops[part] = (_augment(sources[part], plan.rows(part), size) - mean) / std
+        crops[part] = (_augment(sources[part], plan.rows(part), size, dtype) - mean) / std
     return crops
 
 
-def _augment(images: Sequence[Tensor], plan: CropPlan, size: int) -> Tensor:
+def _augment(images: Sequence[Tensor], plan: CropPlan, size: int, dtype: torch.dtype) -> Tensor:
     """Crops `[n, C, size, size]` in 0 … 1 of n images, in the reference's order of operations."""
     resize = resize_by_kernel if images[0].device.type == "cpu" else resize_by_products
-    x = resize(images, plan.boxes, size)
+    # Rounding in what follows can depend on which crops are computed together: fp64 is for those who compare runs.
+    x = resize(images, plan.boxes, size).to(torch.promote_types(dtype, torch.float32))
     x = _on(x, plan.flip, lambda part, _: part.flip(-1))
     colour = x.shape[1] == 3
     operations = [brightness, contrast, saturation, hue] if colour else [brightness, contrast]

@@ -94,7 +94,7 @@ class BatchRecipe:
             sizes = sorted({max(unit, self.size // unit * unit), (self.size // unit + 1) * unit})
             instead = f", or batch.group {smaller}" if self.size % processes == 0 and smaller >= 2 else ""
             raise OpsinError(
-                f"batch.size {self.size} is {self.size // self.group} groups of batch.group {self.group}, which "
+                f"batch.size {self.size} is {self.size // self.group} × batch.group {self.group}, which "
                 f"{processes} processes cannot share equally: try batch.size {' or '.join(map(str, sizes))}{instead}."
             )
         share = self.size // processes

@@ -38,9 +38,9 @@ def stop_signal() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(number: int, _: FrameType | None) -> None:
-        if stop.signal is not None:
+        if stop.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.signal = number
+        stop.signal = stop.signal or number
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

@@ -219,13 +219,13 @@ step.total = broken
 """
     out = tmp_path / "once"
     said = run(photos, out, tiny, code=code + "BAD = (4,)")
-    assert "1 step(s) left out for NaN or infinite gradients, the last is step 3" in said
+    assert "not-finite: in step 3 the gradients of backbone, dino_head, ibot_head were NaN or infinite" in said
+    assert "the step was left out. The same command with --replay 3 says" in said
     assert [r["skipped"] for r in records(out)] == [0] * 3 + [1] * 9
     assert all(t.isfinite().all() for t in state(out).values())
     out = tmp_path / "always"
     said = run(photos, out, [*tiny, "--max-skipped", "2"], status=2, code=code + "BAD = range(4, 100)")
-    assert "the gradients of backbone, dino_head, ibot_head were NaN or infinite in 3 steps in a row" in said
-    assert "the last is step 5" in said
+    assert "the gradients were NaN or infinite in 3 steps in a row, the last is step 5, and max_skipped is 2" in said
     assert checkpoint.steps(out) == [3]
 
 

@@ -153,6 +153,7 @@ def assert_same(run: Path, other: Path, step: int, tolerance: float) -> None:
     assert recorded(run) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_two_machines_train_what_one_process_trains(machines, options, alone, tmp_path):
     processes = start(machines, tmp_path, *options, "--out", str(tmp_path / "run"))
     assert [process.wait(200) for process in processes] == [0, 0], said(tmp_path)

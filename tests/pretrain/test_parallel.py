@@ -95,7 +95,7 @@ def alone() -> dict[str, Any]:
     return found | {"one fp32 step": train(CASES["fp32"], Spread(), 1)}
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_and_any_spread_is_one_process(number, alone, tmp_path: Path):
     for rank, found in enumerate(together(everything, number, tmp_path, number)):
         for (name, spread), (losses, state) in found.items():

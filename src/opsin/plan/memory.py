@@ -36,7 +36,7 @@ IMAGE_BYTES = 3 * 500 * 375
 """Of a decoded image, as the planner assumes: the usual one of ImageNet's files."""
 UPLOADED = 3
 """Micro-batches of images on a GPU at a time: the one at work, the next, and the first of the next step."""
-ALLOCATOR = {"cpu": 0.3, "cuda": 0.1}
+ALLOCATOR = {"cpu": 0.25, "cuda": 0.1}
 """What allocators hold beyond the tensors that come and go, as a share of these. That of a processor is fitted to peaks
 of resident memory (`benchmarks/plan.py`), and has scratch memory of the libraries in it; that of a GPU is assumed."""
 GATHERED_BLOCKS = 2

@@ -26,6 +26,7 @@ from opsin.bench.step import VALUES, WARM_UP
 from opsin.bench.timing import synchronise
 from opsin.data.stream import Batch, BatchRecipe, Share
 from opsin.machine import pick_device
+from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.parallel import ParallelRecipe, choose
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.step import Step
@@ -36,18 +37,20 @@ class Options:
     """What is compared."""
 
     processes: int = 2
-    rounds: int = 3
-    steps: int = 5
+    rounds: int = 2
+    steps: int = 3
     batch: int = 8
     group: int = 4
     backbone: str = "dinov2_vits14"
     precision: str = "bf16"
+    prototypes: int = 4096
 
 
 def work(options: Options, mode: str, out: Path) -> None:
     """In every process: some steps on images that lie in memory; the first writes their seconds."""
     recipe = Recipe(
         backbone=architecture(options.backbone),
+        heads=HeadRecipe(dino_prototypes=options.prototypes, ibot_prototypes=options.prototypes),
         precision=options.precision,  # type: ignore[arg-type]
         batch=BatchRecipe(size=options.batch, group=options.group),
         parallel=ParallelRecipe(mode=mode),  # type: ignore[arg-type]

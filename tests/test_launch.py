@@ -112,7 +112,7 @@ def steps(run: Path) -> list[int]:
         ("-- pretrain --recipe cpu --data no/{a,b}.tar --out y", "there is no file or folder no: give --data a path "),
         (
             "--nodes 3 -- pretrain --recipe cpu --data . --out y",
-            "batch.size 64 is 1 group",
+            "batch.size 64 is 1 × batch.group",
         ),
     ],
 )

@@ -56,7 +56,8 @@ def lines(metrics: Path) -> list[str]:
 
 
 def curve(out: Path) -> list[dict]:
-    timings = ("images_per_second", "step_seconds", "data_seconds")
+    # the last two are means over processes of what each sees in its own images
+    timings = ("images_per_second", "step_seconds", "data_seconds", "teacher.agreement", "teacher.rank")
     found = [json.loads(line) for line in lines(out / "metrics.jsonl")]
     return [{key: value for key, value in record.items() if key not in timings} for record in found]
 

@@ -32,6 +32,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/plan.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -64,6 +64,12 @@ def steps(out: Path) -> list[int]:
     return sorted(int(step) for step in found if step.isdecimal())
 
 
+def what_is_left(out: Path) -> str:
+    """For a sentence about a run that ended: what it can go on from."""
+    done = steps(out)
+    return f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
+
+
 def clean(out: Path) -> None:
     """Remove what a killed run left half-written or half-removed."""
     for path in folder(out).glob(".*"):

@@ -28,7 +28,8 @@ FREE_TO_CHANGE = (
     "data.workers", "data.ahead", "batch.micro", "parallel", "checkpoint", "monitor", "log_every", "max_skipped",
     "graphs",
 )  # fmt: skip
-"""Fields that a resumed run may change: they do not change what is computed, beyond the order of sums."""
+"""Fields that a resumed run may change: they do not change what is computed, beyond the order of sums and what
+`monitor.policy` does about a run that goes wrong."""
 
 
 def make_folder(out: Path) -> Path:
@@ -144,8 +145,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        done = checkpoint.steps(out)
-        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
+        left = checkpoint.what_is_left(out)
         raise OpsinError(
             f"cannot read or write the files of the run {out}: {error.strerror}; {left}. Free some space or choose "
             "another --out, then give the same command again."

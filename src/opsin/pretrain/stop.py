@@ -64,8 +64,7 @@ def lost_processes(out: Path) -> Iterator[None]:
         sent = isinstance(error, dist.DistError) or re.search("gloo|nccl", text, re.IGNORECASE)
         if ranks.count() == 1 or not sent or not re.search(GONE, text, re.IGNORECASE):
             raise
-        done = checkpoint.steps(out)
-        left = f"the checkpoint of step {done[-1]} is intact" if done else "there is no checkpoint yet"
+        left = checkpoint.what_is_left(out)
         raise OpsinError(
             f"another process of the run is gone or cannot be reached ({_reason(text)}); {left}. See what that process "
             "said last, then give the same command again, on any number of processes."

@@ -19,7 +19,7 @@ from opsin.plan.devices import find
 from opsin.plan.memory import step_memory
 from opsin.plan.speed import step_time, work_of
 from opsin.pretrain.parallel import Spread
-from opsin.pretrain.recipe import preset
+from opsin.pretrain.presets import preset
 
 GIB = 2**30
 POINTS = [

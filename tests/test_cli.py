@@ -16,7 +16,7 @@ from PIL import Image
 
 import opsin
 from opsin.cli import COMMANDS, main
-from opsin.pretrain.recipe import PRESETS
+from opsin.pretrain.presets import PRESETS
 
 SMALL = {
     "steps": 4,
@@ -165,10 +165,10 @@ def test_the_installed_command_and_its_status():
         ("evaluate kn --data x", "unknown command 'evaluate kn': did you mean 'evaluate knn'?"),
         (
             "xyz",
-            "unknown command 'xyz': known: bench features, bench input, bench step, evaluate knn, features, launch "
-            "slurm, plan, plan curation, pretrain, quickstart, recipes.",
+            "unknown command 'xyz': known: bench features, bench input, bench step, distill, evaluate knn, features, "
+            "launch slurm, plan, plan curation, pretrain, quickstart, recipes.",
         ),
-        ("recipes --all", "unknown option '--all': known: --help."),
+        ("recipes --all", "unknown option '--all': known: --help, --show."),
         ("features --dat x", "unknown option '--dat': did you mean '--data'?"),
         ("features --data x", "opsin features needs --out and --weights: see opsin features --help."),
         ("evaluate knn --k 1", "opsin evaluate knn needs --data and --weights: see opsin evaluate knn --help."),

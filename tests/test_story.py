@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 
 from opsin import story
+from opsin.backbone.features import load
 from opsin.backbone.probe import PcaPicture
 from opsin.backbone.registry import architecture
+from opsin.backbone.vit import VisionTransformer
 from opsin.data.crops import CropRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe
 from opsin.pretrain.heads import HeadRecipe
-from opsin.pretrain.loop import pretrain
-from opsin.pretrain.recipe import Recipe, cpu
+from opsin.pretrain.phases import pretrain
+from opsin.pretrain.presets import cpu
+from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.step import build
 
 CPU = torch.device("cpu")
@@ -80,8 +83,9 @@ def test_the_report_of_labelled_photos(out, labelled):
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", text)
     assert "http" not in text.replace("http-equiv", "")
     assert "url(" not in text.replace("url(data:", "")
-    # 5 queries and 6 neighbours each, 4 photos with two pictures each, and curves
-    assert page.count("data:image/") >= 5 * 7 + 4 * 3 + 1
+    # 5 queries and 6 neighbours each, 4 photos with two pictures each for PCA and for norms, and curves
+    assert page.count("data:image/") >= 5 * 7 + 2 * 4 * 3 + 2
+    assert f"Over all patches of {COUNT} images at 32 × 32 pixels" in text
     assert "kNN, 10 neighbours, leave one out" in text
     assert "Effective rank (RankMe)" in text
     assert f"{COUNT} images of" in text
@@ -180,6 +184,63 @@ def test_an_image_is_not_its_own_neighbour_in_the_measure():
     table = story._measures({"before": tokens, "after": tokens}, labels=list(range(6)))  # no two of one class
     assert table["rows"][0] == ["kNN, 10 neighbours, leave one out", "0.000", "0.000"]
     assert table["note"] == "On 6 images of the training data."
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_patch_norms_are_those_before_the_final_norm(registers):
+    torch.manual_seed(0)
+    backbone = VisionTransformer(replace(recipe().backbone, registers=registers, depth=2))
+    images = [torch.randint(0, 256, (3, 24, 24 + i), dtype=torch.uint8) for i in range(9)]  # more than one batch
+    entered = []
+    backbone.norm.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    squares = torch.stack([story._square(image, 24) for image in images])
+    with torch.no_grad():
+        backbone([story._normalised(list(squares))])
+    tokens = entered[0].view(9, 1 + registers + 9, 16)
+    expected = tokens[:, 1 + registers :].norm(dim=-1).view(9, 3, 3)
+    torch.testing.assert_close(story.patch_norms(images, backbone, 31), expected)  # rounded down to the patch
+    assert len(entered) == 1  # patch_norms did not go through it
+
+
+def test_the_pictures_of_norms_are_in_medians_of_each_model():
+    norms = torch.ones(5, 4, 4)
+    norms[1, 1, 1] = 12
+    images = [torch.zeros(3, 32, 32, dtype=torch.uint8)] * 5
+    section = story.norm_pictures(images, {"small": norms, "large": 50 * norms, "calm": torch.ones(5, 4, 4)}, 32)
+    assert section["columns"] == ["Image", "small", "large", "calm"]
+    usual, with_outlier, *_ = (pictures[1:] for pictures in section["rows"])
+    assert len(section["rows"]) == 4
+    assert usual[0] == usual[1] == usual[2]
+    assert with_outlier[0] == with_outlier[1] != with_outlier[2] == usual[2]
+    assert section["table"]["rows"] == [
+        ["small", "1.25%", "12.00", "1"],
+        ["large", "1.25%", "12.00", "50"],
+        ["calm", "none", "1.00", "1"],
+    ]
+    assert section["limit"] == "3"
+
+
+def test_registers_learn_and_come_back_with_the_weights(labelled, tmp_path):
+    settings = recipe()
+    settings = replace(
+        settings, backbone=replace(settings.backbone, registers=4, position_offset=0.0, position_antialias=True)
+    )
+    out = tmp_path / "run"
+    pretrain(settings, labelled, out, device="cpu", quiet=True)
+    assert all(np.isfinite(record["loss"]) for record in story.metrics(out))
+    before, after = story.backbones(out, settings, CPU)
+    moved = (after.register_tokens - before.register_tokens).norm(dim=-1)[0]
+    assert (moved > 1e-4).all()  # they begin at a scale of 1e-6
+    assert len(torch.unique(after.register_tokens, dim=1)[0]) == 4
+    again = load(out / "backbone.safetensors")
+    assert again.backbone.arch == settings.backbone
+    image = torch.randint(0, 256, (3, 20, 28), dtype=torch.uint8)
+    features = again.features(image, size=16)
+    assert features.registers.shape == (1, 4, 16)
+    assert features.patches.shape == (1, 2, 3, 16)
+    text = without_pictures(story.tell(out, labelled, device="cpu").read_text())
+    assert "<h2>Patch norms</h2>" in text
+    assert "registers: 4" in text  # the recipe
 
 
 @pytest.mark.parametrize(

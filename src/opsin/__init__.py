@@ -10,12 +10,12 @@ __all__ = ["__version__", "create", "load", "preset"]
 if TYPE_CHECKING:
     from opsin.backbone.features import load
     from opsin.backbone.registry import create
-    from opsin.pretrain.recipe import preset
+    from opsin.pretrain.presets import preset
 
 _HOMES = {
     "create": "opsin.backbone.registry",
     "load": "opsin.backbone.features",
-    "preset": "opsin.pretrain.recipe",
+    "preset": "opsin.pretrain.presets",
 }
 
 

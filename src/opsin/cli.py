@@ -8,17 +8,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import tyro
+import yaml
 
 import opsin
 from opsin import ranks
+from opsin.backbone.registry import architecture
 from opsin.commands import COMMANDS, FROM_RECIPE, launch_slurm
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
-from opsin.pretrain.recipe import preset
+from opsin.pretrain.presets import CONTINUED, DISTILL, preset
+from opsin.pretrain.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +78,8 @@ def _checked(arguments: list[str]) -> functools.partial[int]:
     if name == "launch slurm":
         rest, command = _launched(rest)
     if name in FROM_RECIPE:
-        command = FROM_RECIPE[name](preset(_value_of("--recipe", rest) or "cpu"))
+        settings, rest = _settings(name, rest)
+        command = FROM_RECIPE[name](settings)
     known, required = [], []
     for option, parameter in inspect.signature(command).parameters.items():
         option = option.replace("_", "-")
@@ -85,6 +89,55 @@ def _checked(arguments: list[str]) -> functools.partial[int]:
         _check_options(name, rest, set(known), required)
     checked: functools.partial[int] = tyro.cli(_called_later(command), prog=f"opsin {name}", args=rest)
     return checked
+
+
+def _settings(name: str, arguments: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe of a command, from what must be known before its fields become options; and the other options."""
+    init, weights = _value_of("--init", arguments), _value_of("--weights", arguments)
+    if name == "pretrain" and init is not None and _value_of("--recipe", arguments) is None:
+        arguments = ["--recipe", CONTINUED, *arguments]
+    settings = preset(_value_of("--recipe", arguments) or (DISTILL if name == "distill" else "cpu"))
+    if init is not None:
+        if weights is None:
+            raise OpsinError(
+                f"--init {init} names an architecture: give --weights PATH with it, the file of its weights."
+            )
+        settings = replace(settings, backbone=architecture(init))
+    return _with_phases(settings, arguments)
+
+
+def _with_phases(settings: Recipe, arguments: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with what options such as --phases.high-res.schedule.rate change in its phases; and the others.
+
+    Raises:
+        OpsinError: there is no such phase, or a field is given for the whole run although phases change it.
+    """
+    phases = {phase.name: phase for phase in settings.phases}
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, _, value = word.partition("=")
+        if not option.startswith("--phases."):
+            rest.append(word)
+            changing = [phase for phase in phases.values() if option[2:].replace("-", "_") in phase.change]
+            if option.startswith("--") and changing:
+                raise OpsinError(
+                    f"{option} is changed by phase {changing[0].name}, so one value would not hold for the whole run: "
+                    f"give --phases.{changing[0].name}.{option[2:]}."
+                )
+            continue
+        name, _, field = option.removeprefix("--phases.").partition(".")
+        if name not in phases:
+            raise unknown("phase", name, list(phases))
+        value = value if "=" in word else next(words, "")
+        if not field or not value:
+            raise OpsinError(f"{option} needs a field and a value, such as --phases.{name}.length '500 steps'.")
+        if field == "length":
+            phases[name] = replace(phases[name], length=value)
+        else:
+            change = {**phases[name].change, field.replace("-", "_"): yaml.safe_load(value)}
+            phases[name] = replace(phases[name], change=change)
+    return replace(settings, phases=tuple(phases.values())), rest
 
 
 def _called_later(command: Callable[..., int]) -> Callable[..., functools.partial[int]]:

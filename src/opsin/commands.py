@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,60 +18,9 @@ from rich.table import Table
 from opsin.errors import OpsinError
 from opsin.launch import Slurm, submit
 from opsin.plan.options import Cluster, Rates
-from opsin.pretrain.recipe import PRESETS, Recipe
-
-Data = Annotated[str, tyro.conf.arg(metavar="SRC")]
-Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
-
-
-def pretrain(settings: Recipe) -> Callable[..., int]:
-    """The `pretrain` command, with the fields of `settings` as its options and their defaults."""
-
-    def command(
-        data: Data,
-        out: Out,
-        recipe: str,  # read before the other options, whose defaults it gives: see cli.py
-        settings: Annotated[Recipe, tyro.conf.arg(name="")] = settings,
-        device: str | None = None,
-        accept_changes: bool = False,
-        report: bool = True,
-        replay: int | None = None,
-    ) -> int:
-        """Train a backbone on images without labels. The same command goes on with a run that stopped.
-
-        Args:
-            data: a folder of images of any depth, a text file that lists images, shards (.tar, .parquet, .arrow), or an
-                s3:// URI of such: see docs/data.md.
-            out: folder of the run: weights, checkpoints, metrics, report.
-            recipe: a name that `opsin recipes` lists, or the recipe.yaml of an earlier run. The defaults shown for
-                the other options are those of this recipe (of `cpu` while none is given).
-            settings: any field of the recipe.
-            device: cuda, mps or cpu; by default the first of these that is there.
-            accept_changes: go on although recipe, data or decoder differ from those the run began with.
-            report: write report.html at the end.
-            replay: do not train: compute this step of the run in `out` again, counted from 0, and say where in it
-                something is not finite.
-        """
-        if replay is not None:
-            from opsin.pretrain.replay import replay as again
-
-            print(again(data, out, replay, device=device, say=lambda text: print(text, file=sys.stderr)))
-            return 0
-        from opsin.pretrain.loop import pretrain as train
-
-        finished = train(settings, data, out, device=device, accept_changes=accept_changes)
-        if finished.stopped_by is not None:
-            return 128 + finished.stopped_by
-        if int(os.environ.get("RANK", "0")):  # the first process of a job tells
-            return 0
-        if report:
-            from opsin.story import tell
-
-            print(f"report: {tell(out, data, device=device)}")
-        print(f"backbone: {finished.backbone}")
-        return 0
-
-    return command
+from opsin.pretrain.presets import DISTILL, PRESETS, preset
+from opsin.pretrain.recipe import Recipe, stages, to_yaml
+from opsin.training_commands import Data, Out, distill, pretrain
 
 
 def features(
@@ -297,7 +245,7 @@ def launch_slurm(words: Sequence[str] = (), options: Mapping[str, Any] = Mapping
         """
         processes = slurm.nodes * slurm.per_node
         _check_there(options.get("data"))
-        if words[0] == "pretrain":
+        if words[0] in ("pretrain", "distill"):
             options["settings"].batch.split(processes)
         elif processes > 1:
             raise OpsinError(f"opsin {words[0]} is work of one process, not of {processes}: give --nodes 1 --gpus 1.")
@@ -337,9 +285,13 @@ def plan(settings: Recipe) -> Callable[..., int]:
         from opsin.plan.training import plan
 
         _check_file(out)
-        result = plan(settings, gpu, cluster)
-        print(training_text(result))
-        _write_json(out, asdict(result))
+        results = {}
+        for stage in stages(settings, None):
+            name = stage.phase.name if stage.phase else "run"
+            results[name] = plan(stage.recipe, gpu, cluster)
+            print(f"\nphase {name}, {stage.recipe.steps} steps: " * bool(stage.phase) + training_text(results[name]))
+        phases = {name: asdict(result) for name, result in results.items()}
+        _write_json(out, phases if settings.phases else phases["run"])
         return 0
 
     return command
@@ -371,8 +323,15 @@ def plan_curation(
     return 0
 
 
-def recipes() -> int:
-    """List the named recipes and what they are for."""
+def recipes(show: str | None = None) -> int:
+    """List the named recipes and what they are for.
+
+    Args:
+        show: print the recipe of this name as YAML, to be changed and given to --recipe.
+    """
+    if show is not None:
+        print(to_yaml(preset(show)), end="")
+        return 0
     for name, make in PRESETS.items():
         print(f"{name:16} {(make.__doc__ or '').splitlines()[0]}")
     return 0
@@ -394,10 +353,15 @@ def quickstart(
     return run(out, data, seed=seed, device=device)
 
 
-FROM_RECIPE: dict[str, Callable[[Recipe], Callable[..., int]]] = {"pretrain": pretrain, "plan": plan}
+FROM_RECIPE: dict[str, Callable[[Recipe], Callable[..., int]]] = {
+    "pretrain": pretrain,
+    "plan": plan,
+    "distill": distill,
+}
 """Commands that take any field of a recipe, made for the recipe that is named."""
 COMMANDS: dict[str, Callable[..., int]] = {
     "pretrain": pretrain(PRESETS["cpu"]()),
+    "distill": distill(PRESETS[DISTILL]()),
     "features": features,
     "evaluate knn": evaluate_knn,
     "bench step": bench_step,

@@ -35,8 +35,9 @@ from opsin.data.stream import BatchRecipe
 from opsin.errors import OpsinError
 from opsin.machine import pick_device
 from opsin.pretrain.heads import HeadRecipe
-from opsin.pretrain.loop import pretrain
-from opsin.pretrain.recipe import CheckpointRecipe, Recipe, cpu
+from opsin.pretrain.phases import pretrain
+from opsin.pretrain.presets import cpu
+from opsin.pretrain.recipe import CheckpointRecipe, Recipe
 from opsin.pretrain.schedules import ScheduleRecipe
 from opsin.report.page import write_report
 
@@ -109,7 +110,7 @@ class Tiles:
     """Tiles of photos, each with the number of its photo."""
 
     images: list[Tensor]
-    """uint8 `[3, TILE, TILE]`."""
+    """uint8 `[3, S, S]`."""
     labels: Tensor
     """`[N]`"""
 
@@ -137,7 +138,7 @@ def run(out: Path, data: str | Path | None, *, seed: int, device: str | None) ->
         return 128 + finished.stopped_by
 
     before, after = story.backbones(out, settings, on)
-    gallery = torch.stack([_resized(tile) for tile in trained_on.images])
+    gallery = torch.stack([resized(tile) for tile in trained_on.images])
     queries, asked = changed(held_out, seed)
     representations: dict[str, Callable[[Tensor], Tensor]] = {
         "trained": lambda x: _tokens(after, x),
@@ -207,14 +208,14 @@ def _reduced(photo: Tensor) -> Tensor:
     return reduced.clamp(0, 255).round().to(torch.uint8)
 
 
-def cut(photos: dict[str, Tensor]) -> tuple[Tiles, Tiles]:
-    """Tiles of both colours of the chessboard: those to train on, and those held out."""
+def cut(photos: dict[str, Tensor], side: int = TILE) -> tuple[Tiles, Tiles]:
+    """Tiles of both colours of the chessboard, of `side` pixels: those to train on, and those held out."""
     parts: tuple[tuple[list[Tensor], list[int]], ...] = (([], []), ([], []))
     for number, photo in enumerate(photos.values()):
-        for row in range(photo.shape[1] // TILE):
-            for column in range(photo.shape[2] // TILE):
+        for row in range(photo.shape[1] // side):
+            for column in range(photo.shape[2] // side):
                 images, labels = parts[(row + column) % 2]
-                images.append(photo[:, row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE].contiguous())
+                images.append(photo[:, row * side : (row + 1) * side, column * side : (column + 1) * side].contiguous())
                 labels.append(number)
     (train, train_labels), (test, test_labels) = parts
     return Tiles(train, torch.tensor(train_labels)), Tiles(test, torch.tensor(test_labels))
@@ -247,7 +248,8 @@ def histogram(x: Tensor) -> Tensor:
     return torch.stack([torch.bincount(c.flatten(), minlength=512) for c in red * 64 + green * 8 + blue]).float().sqrt()
 
 
-def _resized(tile: Tensor) -> Tensor:
+def resized(tile: Tensor) -> Tensor:
+    """A tile `[3, S, S]` as the backbone sees it, in 0 … 1."""
     x = F.interpolate(tile[None].float() / 255, size=(SIDE, SIDE), mode="bicubic", antialias=True)
     return x[0].clamp(0, 1)
 
@@ -332,7 +334,7 @@ def report(
             "Independent test images: held-out tiles are neighbours of the trained ones in the same photos.",
         ],
     }
-    tokens = _tokens(after, torch.stack([_resized(tile) for tile in held_out.images]))
+    tokens = _tokens(after, torch.stack([resized(tile) for tile in held_out.images]))
     labels = held_out.labels.tolist()
     firsts = [labels.index(number) for number in range(0, len(names), max(1, len(names) // 5)) if number in labels]
     page["neighbours"] = story.neighbours(held_out.images, tokens, firsts[:6], [names[label] for label in labels])

@@ -1,10 +1,11 @@
 """The report of a run: reads what the run left behind, looks through both backbones, hands dictionaries to `report`.
 
-"Before" is the run's own initialisation, made again from its recipe and seed; "after" is the teacher it ended with.
+"Before" is what the run began with: weights of a file or of the phase before, or its own initialisation, made again
+from its recipe and seed. "After" is the average it ended with.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.backbone import weights
 from opsin.backbone.features import load
-from opsin.backbone.probe import PcaPicture, knn_accuracy, pca_basis, rank_me
+from opsin.backbone.probe import OUTLIER, PcaPicture, knn_accuracy, outliers, pca_basis, rank_me
 from opsin.backbone.vit import VisionTransformer
-from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.constants import normalisation
+from opsin.data.crops import as_unit
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.evaluate.knn import extract
@@ -24,11 +27,15 @@ from opsin.machine import pick_device
 from opsin.pretrain.recipe import Recipe, read
 from opsin.pretrain.step import build
 from opsin.report.page import write_report
-from opsin.report.pictures import loss_curves, neighbour_rows, pca_grid, read_metrics
+from opsin.report.pictures import loss_curves, neighbour_rows, norm_grid, norm_histogram, pca_grid, read_metrics
 
 LOOKED_AT = 512
 """Images of the data, evenly spaced, on which a report measures and among which it looks for neighbours."""
 NEIGHBOURS = 10
+PICTURED = 4
+"""Images whose patches are shown."""
+NORMS = 32
+"""Images of the data, evenly spaced, of whose patches the norms are taken."""
 
 
 def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
@@ -39,7 +46,8 @@ def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
     source = scan(data, cache=out / "cache")
     count = min(LOOKED_AT, len(source))
     chosen = [i * len(source) // count for i in range(count)]
-    with ImageReader(source, workers=recipe.data.threads(), max_bad_fraction=1) as reader:
+    threads, channels = recipe.data.threads(), recipe.backbone.channels
+    with ImageReader(source, workers=threads, channels=channels, max_bad_fraction=1) as reader:
         images = reader.read_many(chosen)
         good = [row for row, index in enumerate(chosen) if index not in reader.bad]
     images = [images[row] for row in good]
@@ -56,9 +64,11 @@ def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
     report["says"] = _says(labels is not None, len(images))
     names = None if labels is None else [source.classes[label] for label in labels]
     report["neighbours"] = neighbours(images, tokens["after"], _spread(len(images), 5), names)
-    report["pca"] = patch_pictures(
-        [images[i] for i in _spread(len(images), 4)], before, after, size, out / "pca.safetensors"
-    )
+    some, side = [images[i] for i in _spread(len(images), NORMS)], _picture_side(size)
+    pictured = [some[i] for i in _spread(len(some), PICTURED)]
+    report["pca"] = patch_pictures(pictured, before, after, size, out / "pca.safetensors")
+    norms = {"Before training": patch_norms(some, before, side), "After training": patch_norms(some, after, side)}
+    report["norms"] = norm_pictures(some, norms, side)
     path = out / "report.html"
     write_report(path, report)
     return path
@@ -67,6 +77,11 @@ def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
 def backbones(out: Path, recipe: Recipe, device: torch.device) -> tuple[VisionTransformer, VisionTransformer]:
     """The run's backbone before and after training, in eval mode."""
     before = build(recipe, device)[0].backbone.eval()
+    begin = json.loads((out / "run.json").read_text())["begin"]
+    if begin["before"] is not None:
+        weights.adapt(before, out / begin["before"] / "backbone.safetensors")
+    elif recipe.weights:
+        weights.adapt(before, recipe.weights)
     return before, load(out / "backbone.safetensors", device=device).backbone
 
 
@@ -114,7 +129,7 @@ def neighbours(
     similarity = unit[list(queries)] @ unit.T
     similarity[torch.arange(len(queries)), torch.tensor(list(queries))] = -torch.inf
     nearest = similarity.topk(min(shown, len(images) - 1), dim=1).indices.tolist()
-    pixels = {i: _pixels(images[i]) for row in [*nearest, list(queries)] for i in row}
+    pixels = {i: _shown(as_unit(images[i])) for row in [*nearest, list(queries)] for i in row}
     return neighbour_rows(
         [pixels[i] for i in queries],
         [names[i] if names else "" for i in queries],
@@ -129,10 +144,8 @@ def patch_pictures(
 ) -> dict[str, Any]:
     """Joint-PCA pictures of the images' patch features before and after; the basis of "after" is saved to `basis`."""
     patch = after.arch.patch
-    # Twice the training size gives four times the patches: pictures in which something can be seen.
-    prepared = [_square(image, 2 * size // patch * patch) for image in images]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    batch = torch.stack([(image - mean) / std for image in prepared])
+    prepared = [_square(image, _picture_side(size) // patch * patch) for image in images]
+    batch = _normalised(prepared)
     panels = {}
     for name, backbone in (("Before training", before), ("After training", after)):
         with torch.no_grad():
@@ -141,16 +154,72 @@ def patch_pictures(
         panels[name] = [picture.apply(p) for p in patches]
         if backbone is after:
             picture.save(basis)
-    return pca_grid([_pixels((image * 255).round().to(torch.uint8)) for image in prepared], panels)
+    return pca_grid([_shown(image) for image in prepared], panels)
+
+
+def _picture_side(size: int) -> int:
+    """Twice the training size has four times the patches: pictures in which something can be seen; 518 has enough."""
+    return 2 * size if size <= 256 else size
+
+
+@torch.no_grad()
+def patch_norms(images: Sequence[Tensor], backbone: VisionTransformer, side: int) -> Tensor:
+    """Lengths of the patch features before the final LayerNorm, `[B, h, w]`, fp32 on the CPU.
+
+    Of the central squares of images `[C, H, W]`, at `side` pixels rounded down to a multiple of the patch.
+    """
+    side = max(1, side // backbone.arch.patch) * backbone.arch.patch
+    norms = []
+    for start in range(0, len(images), 8):  # at high resolution a few images are a full batch
+        batch = _normalised([_square(image, side) for image in images[start : start + 8]])
+        batch = batch.to(backbone.cls_token.device, backbone.cls_token.dtype)
+        patches = backbone.layers(batch, [-1], normalise=False)[0].patches
+        norms.append(patches.float().norm(dim=-1).cpu())
+    return torch.cat(norms)
+
+
+def norm_pictures(images: Sequence[Tensor], norms: Mapping[str, Tensor], side: int) -> dict[str, Any]:
+    """The report's `norms`: how long the patch features of each model are, and how many are outliers.
+
+    Args:
+        images: `[C, H, W]`.
+        norms: name of a model → what `patch_norms` gave for `images` at `side`.
+        side: of an image in pixels.
+    """
+    found = {name: outliers(values) for name, values in norms.items()}
+    relative = {name: (values / found[name].median).numpy() for name, values in norms.items()}
+    rows = _spread(len(images), PICTURED)
+    grid = norm_grid(
+        [_shown(_square(images[row], side)) for row in rows],
+        {name: list(values[rows]) for name, values in relative.items()},
+    )
+    return grid | {
+        "histogram": norm_histogram(relative, OUTLIER),
+        "limit": f"{OUTLIER:g}",
+        "table": {
+            "headers": ["", "Outliers", "Largest / median", "Median"],
+            "rows": [
+                [name, f"{o.share:.2%}" if o.share else "none", f"{o.peak:.2f}", f"{o.median:.3g}"]
+                for name, o in found.items()
+            ],
+            "note": f"Over all patches of {len(images)} images at {side} × {side} pixels.",
+        },
+    }
 
 
 def _square(image: Tensor, side: int) -> Tensor:
-    """The central square of a uint8 image `[3, H, W]`, resized, in 0 … 1."""
+    """The central square of an image `[C, H, W]`, resized, in 0 … 1."""
     h, w = image.shape[-2:]
     short = min(h, w)
     top, left = (h - short) // 2, (w - short) // 2
-    window = image[None, :, top : top + short, left : left + short].float() / 255
+    window = as_unit(image[None, :, top : top + short, left : left + short])
     return F.interpolate(window, size=(side, side), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def _normalised(images: Sequence[Tensor]) -> Tensor:
+    """Images in 0 … 1 as the batch `[B, C, H, W]` that a backbone takes."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in normalisation(len(images[0])))
+    return (torch.stack(list(images)) - mean) / std
 
 
 def _measures(tokens: dict[str, Tensor], labels: list[int] | None) -> dict[str, Any]:
@@ -186,5 +255,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
-def _pixels(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return image.permute(1, 2, 0).contiguous().numpy()
+def _shown(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pixels `[H, W, 3]` of an image `[C, H, W]` in 0 … 1: of more than three channels the first three, else gray."""
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 
 from opsin.backbone import registry, weights
 from opsin.backbone.features import FeatureExtractor, by_shape, evaluation_transform, load
-from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.constants import IMAGENET_MEAN, IMAGENET_STD, normalisation
 from opsin.errors import OpsinError
 
 torch.set_num_threads(2)
@@ -119,7 +119,7 @@ def test_sixteen_bits_are_scaled_not_clipped(extractor):
     values = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
     grey = torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
     assert torch.equal(extractor.preprocess(Image.fromarray(values), 40), extractor.preprocess(grey, 40))
-    with pytest.raises(OpsinError, match="mode I has no known range"):
+    with pytest.raises(OpsinError, match="mode I cannot be taken: 32-bit samples have no stated range"):
         extractor.preprocess(Image.fromarray(values.astype(np.int32)), 40)
 
 
@@ -136,7 +136,7 @@ def test_orientation_is_applied(extractor):
         (torch.zeros(1, 9, 9, dtype=torch.uint8), r"not torch.uint8 \[1, 9, 9\]"),
         (torch.zeros(3, 9, 9, dtype=torch.int64), r"not torch.int64 \[3, 9, 9\]"),
         (np.zeros((9, 9, 3), np.uint8), "not ndarray"),
-        (Image.fromarray(np.zeros((9, 9), np.float32)), "mode F has no known range"),
+        (Image.fromarray(np.zeros((9, 9), np.float32)), "mode F cannot be taken"),
     ],
 )
 def test_what_is_no_image(extractor, image, message):
@@ -146,8 +146,84 @@ def test_what_is_no_image(extractor, image, message):
         extractor.features([])
     with pytest.raises(OpsinError, match="size 0 is no number of pixels"):
         extractor.features(torch.zeros(3, 9, 9, dtype=torch.uint8), size=0)
-    with pytest.raises(OpsinError, match="takes 4 channels: pass float batches"):
-        FeatureExtractor(registry.create("vit_nano8", depth=1, channels=4)).features(image)
+
+
+# ---- other channels
+
+
+@pytest.fixture(scope="module")
+def multispectral():
+    torch.manual_seed(0)
+    return {
+        channels: FeatureExtractor(registry.create("vit_nano8", depth=1, channels=channels)) for channels in (1, 4, 13)
+    }
+
+
+def test_normalisation_of_other_channels():
+    assert normalisation(3) == (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = normalisation(1)
+    assert mean == pytest.approx((0.449,))
+    assert std == pytest.approx((0.226,))
+    for channels in (2, 4, 13):
+        for found, rgb in zip(normalisation(channels), (IMAGENET_MEAN, IMAGENET_STD), strict=True):
+            assert found == (rgb * 5)[:channels]
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_every_type_of_sample_counts_the_same(multispectral, channels):
+    generator = torch.Generator().manual_seed(0)
+    eight = torch.randint(0, 256, (channels, 40, 56), generator=generator, dtype=torch.uint8)
+    sixteen = (eight.int() * 257).to(torch.uint16)
+    shares = eight / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in normalisation(channels))
+    expected = resize(shares, [24, 32], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    prepared = multispectral[channels].preprocess(eight, 24)
+    assert prepared.shape == (channels, 24, 32)
+    torch.testing.assert_close(prepared * std + mean, expected, rtol=0, atol=1e-5)
+    for image in (sixteen, shares, shares.double()):
+        torch.testing.assert_close(multispectral[channels].preprocess(image, 24), prepared, rtol=0, atol=1e-5)
+        cropped = evaluation_transform(image, 24)
+        assert cropped.shape == (channels, 24, 24)
+        torch.testing.assert_close(cropped, evaluation_transform(eight, 24), rtol=0, atol=1e-5)
+    assert multispectral[channels].features([sixteen]).cls.isfinite().all()
+
+
+def test_the_low_byte_of_sixteen_bits_counts(multispectral):
+    flat = torch.full((1, 24, 24), 20000, dtype=torch.uint16)
+    more = torch.full((1, 24, 24), 20001, dtype=torch.uint16)
+    difference = multispectral[1].preprocess(more, 24) - multispectral[1].preprocess(flat, 24)
+    torch.testing.assert_close(
+        difference * normalisation(1)[1][0] * 65535, torch.ones_like(difference), rtol=0, atol=0.02
+    )
+
+
+def test_pil_images_of_other_channels(multispectral):
+    pixels = photo(40, 56)
+    rgb = Image.fromarray(pixels)
+    gray = torch.from_numpy(np.array(rgb.convert("L")))[None]
+    assert torch.equal(multispectral[1].preprocess(rgb, 40), multispectral[1].preprocess(gray, 40))
+    values = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56) * 29
+    expected = multispectral[1].preprocess(torch.from_numpy(values)[None], 40)
+    assert torch.equal(multispectral[1].preprocess(Image.fromarray(values), 40), expected)
+    rgba = np.concatenate([pixels, pixels[..., :1]], axis=2)
+    assert torch.equal(
+        multispectral[4].preprocess(Image.fromarray(rgba), 40), multispectral[4].preprocess(as_tensor(rgba), 40)
+    )
+    for channels in (4, 13):
+        with pytest.raises(
+            OpsinError, match=rf"mode RGB cannot be taken: it has 3 bands \(RGB\), and {channels} are asked"
+        ):
+            multispectral[channels].preprocess(rgb)
+
+
+def test_images_of_a_wrong_range_or_number_of_channels(multispectral):
+    with pytest.raises(OpsinError, match=r"a tensor \[13, H, W\] .* not torch.uint8 \[3, 9, 9\]"):
+        multispectral[13].preprocess(torch.zeros(3, 9, 9, dtype=torch.uint8))
+    for wrong in (255.0, -1.0, torch.nan):
+        image = torch.zeros(13, 9, 9)
+        image[12, 8, 8] = wrong
+        with pytest.raises(OpsinError, match="a float image must have values from 0 to 1, and these go from"):
+            multispectral[13].preprocess(image)
 
 
 # ---- features

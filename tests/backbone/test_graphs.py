@@ -1,10 +1,11 @@
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from opsin.backbone import registry
-from opsin.backbone.graphs import WARM_UP, Captured, Piece, Replay, leaves, mapped
+from opsin.backbone.graphs import WARM_UP, Captured, Piece, Replay, form, leaves, mapped
 
 CPU = torch.device("cpu")
 
@@ -81,7 +82,7 @@ def test_a_piece_computes_every_call_once_with_what_it_is_given():
     recorder = Twin()
 
     def add(x, parts, factor):
-        if len(recorder.recorded) == 1 and piece.captured is None:  # being recorded: computes nothing
+        if len(recorder.recorded) == 1 and not piece.captured:  # being recorded: computes nothing
             return total, [parts[0]]
         total.add_(x * factor)
         return total, [parts[0] + 1]
@@ -98,8 +99,43 @@ def test_a_piece_computes_every_call_once_with_what_it_is_given():
     for other, wanted in seen:  # compared at the end: a later call must not change an earlier result
         assert torch.equal(other, wanted)
     assert recorder.recorded == [((3,), (2,))]
-    with pytest.raises(RuntimeError):
-        piece(torch.ones(4), (torch.ones(2), None), 2)  # another shape
+
+
+def test_a_piece_has_a_recording_for_every_form_of_its_inputs():
+    """Counted by itself: what is called seldom is warmed up as often as what is called at every turn."""
+    calls = []
+
+    def scaled(x, parts, factor):
+        calls.append(form((x, parts, factor)))
+        return x * factor + parts[0].sum().to(x.dtype)
+
+    recorder = Twin()
+    piece = Piece(scaled, recorder)
+    one, two = torch.arange(3.0), torch.arange(4.0)
+    forms = [
+        (one, (one, None), 2),
+        (two, (one, None), 2),  # a shape
+        (one, (two, None), 2),  # a shape inside
+        (one, (one.double(), None), 2),  # a type
+        (one, (one, None), 3),  # a constant
+        (one, (one, None), 3.0),
+        (one, (one, True), 2),
+        (one, [one, None], 2),  # a nesting
+    ]
+    assert len({form(inputs) for inputs in forms}) == len(forms)
+    for call in range(WARM_UP + 3):
+        assert len(piece.captured) == (len(forms) if call > WARM_UP else 0)
+        for x, parts, factor in forms:
+            given = (x + call, type(parts)([parts[0] - call, parts[1]]), factor)
+            assert torch.equal(piece(*given), given[0] * factor + given[1][0].sum().to(x.dtype))
+    assert len(recorder.recorded) == len(piece.captured) == len(forms)
+    # three calls to warm up, one to record and three replays, each by plain calls
+    assert set(Counter(calls).values()) == {WARM_UP + 1 + 3}
+
+
+def test_what_can_be_no_constant_is_refused():
+    with pytest.raises(TypeError, match="unhashable"):
+        form((torch.ones(2), {"x": torch.ones(2)}))
 
 
 def test_a_piece_without_a_gpu_is_the_function():

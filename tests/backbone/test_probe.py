@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from opsin.backbone.probe import PcaPicture, knn_accuracy, knn_classify, paired_bootstrap, pca_basis, rank_me
+from opsin.backbone.probe import (
+    PcaPicture,
+    knn_accuracy,
+    knn_classify,
+    outliers,
+    paired_bootstrap,
+    pca_basis,
+    rank_me,
+)
 from opsin.errors import OpsinError
 
 
@@ -277,3 +285,31 @@ def test_picture_mistakes(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OpsinError, match="cannot write the PCA basis"):
         pca_basis([x]).save(tmp_path / "file" / "pca")
+
+
+# ---- patch norms
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_outliers_are_counted_against_the_median(scale, dtype):
+    norms = torch.cat([torch.full((979,), 1.0), torch.full((20,), 10.0), torch.full((1,), 2.9)])
+    found = outliers((scale * norms).to(dtype).view(4, 10, 25))
+    assert found.median == pytest.approx(scale, rel=1e-2)
+    assert found.peak == pytest.approx(10, rel=1e-2)
+    assert found.share == pytest.approx(0.02)
+
+
+def test_patches_that_hardly_differ_have_no_outliers():
+    norms = 5 + 0.01 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    found = outliers(norms)  # some lie four standard deviations out
+    assert found.share == 0
+    assert 1 < found.peak < 1.1
+
+
+@pytest.mark.parametrize(
+    "norms", [torch.empty(0), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, torch.inf]), torch.zeros(3)]
+)
+def test_norms_that_are_none(norms):
+    with pytest.raises(OpsinError, match="patch norms must be finite and most of them above 0: check the weights"):
+        outliers(norms)

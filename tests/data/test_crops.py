@@ -1,4 +1,7 @@
 import io
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -164,6 +167,62 @@ def test_any_split_of_a_batch_gives_the_same_crops(photo):
         assert torch.equal(part, whole[[i, 6 + i]])
 
 
+def test_twice_the_resolution_shows_the_same(photo):
+    recipe = CropRecipe(global_size=56, blur=(1, 1, 1), solarize=(0, 0.5, 0))
+    plan = draw_crops(recipe, "global", 3, np.arange(8), _sizes(8, 512, 512))
+    once, twice = (render(recipe, "global", [photo] * 8, plan, scale=scale) for scale in (1, 2))
+    assert twice.shape == (16, 3, 112, 112)
+    # exactly: the larger crop, with a Gaussian that is as wide in the picture and ends at the same distance
+    sharp = replace(plan, sigma=np.zeros(16), solarize=np.zeros(16, dtype=bool))
+    x = render(replace(recipe, global_size=112, mean=(0.0,), std=(1.0,)), "global", [photo] * 8, sharp)
+    for row in range(16):
+        crop = TF.gaussian_blur(x[row], 17, 2 * plan.sigma[row])
+        crop = TF.normalize(TF.solarize(crop, 128 / 255) if plan.solarize[row] else crop, recipe.mean, recipe.std)
+        assert ((twice[row] - crop).abs() < 1e-4).float().mean() > 0.999
+    # nearly: what the student sees, where no sharp edge was left; values have a standard deviation of about 1
+    smooth = ~plan.solarize & (plan.sigma > 0.6)
+    reduced = TF.resize(twice, [56, 56], T.InterpolationMode.BICUBIC)
+    assert smooth.sum() > 5
+    assert (reduced - once)[smooth].abs().mean((1, 2, 3)).max() < 0.03
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_a_doubled_blur_is_as_wide_as_the_single_one(sigma):
+    """Its spread, in pixels of the single resolution: 9 taps would cut it off."""
+    spread = []
+    for scale in (1, 2):
+        point = torch.zeros(1, 1, 64 * scale, 64 * scale, dtype=torch.float64)
+        point[..., 32 * scale, 32 * scale] = 1
+        line = C.blur(point, torch.tensor([sigma * scale]), radius=4 * scale)[0, 0].sum(0)
+        offsets = (torch.arange(64.0 * scale) - 32 * scale) / scale
+        spread.append((line * offsets**2).sum().sqrt().item())
+    assert spread[1] == pytest.approx(spread[0], rel=0.03)
+
+
+def test_one_mean_stands_for_all_channels(photo):
+    plan = draw_crops(CropRecipe(), "global", 0, np.arange(1), _sizes(1, 512, 512))
+    one, three = (
+        render(CropRecipe(global_size=28, mean=(0.4,) * n, std=(0.3,) * n), "global", [photo], plan) for n in (1, 3)
+    )
+    assert torch.equal(one, three)
+
+
+MIXED = CropRecipe(mixture=((56, 28, 0.3), (112, 28, 0.6), (112, 56, 0.1)))
+
+
+def test_every_step_draws_its_resolution():
+    drawn = [MIXED.at(seed=5, step=step) for step in range(3000)]
+    assert all(not one.mixture for one in drawn)
+    counts = Counter((one.global_size, one.local_size) for one in drawn)
+    for side, local_side, share in MIXED.mixture:
+        assert counts[side, local_side] / 3000 == pytest.approx(share, abs=0.035)  # four standard deviations
+    assert drawn[7] == MIXED.at(5, 7)
+    assert drawn[:40] != [MIXED.at(6, step) for step in range(40)]
+    runs = sum(one != other for one, other in pairwise(drawn))
+    assert runs / 3000 == pytest.approx(1 - (0.09 + 0.36 + 0.01), abs=0.04)  # one step says nothing of the next
+    assert CropRecipe().at(5, 7) == CropRecipe()
+
+
 def test_other_sensors_keep_their_range():
     image = torch.rand(5, 40, 40)
     recipe = CropRecipe(global_size=16, mean=(0,) * 5, std=(1,) * 5, solarize=(0, 0, 0))
@@ -189,8 +248,15 @@ def test_gpu_crops_are_the_cpus(photo):
 def test_bad_recipes():
     with pytest.raises(OpsinError, match=r"crops.global_scale"):
         CropRecipe(global_scale=(0.5, 0.2))
-    with pytest.raises(OpsinError, match=r"crops.mean has 1 entries and crops.std 3"):
+    with pytest.raises(OpsinError, match=r"crops.mean has 1 entries and crops.std 3: .* or both one for all"):
         CropRecipe(mean=(0.5,))
+    with pytest.raises(OpsinError, match=r"shares of crops.mixture sum to 0.9: give shares that sum to 1"):
+        CropRecipe(mixture=((56, 28, 0.5), (112, 28, 0.4)))
+    with pytest.raises(OpsinError, match=r"crops.repeat is 2 but crops.mixture changes .*: leave one of them out"):
+        CropRecipe(repeat=2, mixture=((56, 28, 1.0),))
+    with pytest.raises(OpsinError, match=r"crops.mixture has an entry \(0, 28, 1.0\): give the side of"):
+        CropRecipe(mixture=((0, 28, 1.0),))
+    assert CropRecipe(mixture=tuple((56, 14 * n, 0.333) for n in (1, 2, 3))).at(0, 0).global_size == 56
 
 
 @pytest.fixture(scope="module")

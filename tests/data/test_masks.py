@@ -57,5 +57,12 @@ def test_bad_shares():
         MaskRecipe(ratio=(0.5, 0.1))
 
 
+def test_all_patches_are_predicted_where_that_is_asked():
+    recipe = MaskRecipe(probability=0.0, predicted="all")
+    assert masked_bound(recipe, 8, (5, 7)) == 8 * 5 * 7
+    masks = [draw_masks(MaskRecipe(predicted=which), 0, 0, np.arange(2), 8, GRID) for which in ("hidden", "all")]
+    assert np.array_equal(*masks)  # what is hidden does not change
+
+
 def test_no_masks():
     assert not draw_masks(MaskRecipe(probability=0.0), 0, 0, np.arange(2), 8, GRID).any()

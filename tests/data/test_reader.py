@@ -4,11 +4,13 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from opsin.data import bands
 from opsin.data import reader as module
 from opsin.data.decode import decode, decode_reduced
 from opsin.data.reader import ImageReader
@@ -238,3 +240,41 @@ def test_limits_and_reductions_are_passed_on(tmp_path):
     with ImageReader(source, workers=1, max_pixels=100) as reader:
         assert reader.read(0).shape == (3, 5, 5)
         assert "more than max_pixels 100" in reader.bad[0]
+
+
+# Other channels
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "u1"), (1, "u2"), (4, "u2"), (13, "u2"), (13, "f4")])
+def test_images_of_other_channels(tmp_path, channels, dtype):
+    random = np.random.default_rng(0)
+    images = [(random.random((channels, 9, 8 + i)) * (1 if dtype == "f4" else 255)).astype(dtype) for i in range(4)]
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(images):
+        np.save(tmp_path / "data" / f"{i}.npy", image)
+    with ImageReader(scan(tmp_path / "data"), workers=2, channels=channels) as reader:
+        for found, image in zip(reader.read_many(range(4)), images, strict=True):
+            assert np.array_equal(found.numpy(), image)
+            assert found.numpy().dtype == image.dtype
+        assert reader.bad == {}
+
+
+def test_files_of_other_bands_are_bad_files(tmp_path):
+    source = folder(tmp_path / "data", 12)
+    with ImageReader(source, workers=2, channels=13) as reader, pytest.raises(OpsinError) as caught:
+        reader.read_many(range(12))
+    assert "it has 3 bands (RGB), and 13 are asked for" in str(caught.value)
+    with ImageReader(source, workers=2, channels=1) as reader:
+        gray = np.asarray(Image.open(source.open(5)).convert("L"))
+        assert np.array_equal(reader.read(5).numpy(), gray[None])
+
+
+def test_a_missing_package_is_no_bad_file(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "0.tif", np.zeros((13, 9, 8), np.uint16), photometric="minisblack")
+    monkeypatch.setattr(bands, "find_spec", lambda _: None)
+    bands._tifffile.cache_clear()
+    with ImageReader(scan(tmp_path), workers=1, channels=13) as reader:
+        with pytest.raises(OpsinError, match=r"pip install 'opsin\[bands\]'"):
+            reader.read_many([0])
+        assert reader.bad == {}
+    bands._tifffile.cache_clear()

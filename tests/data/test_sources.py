@@ -223,7 +223,7 @@ def test_a_list_may_name_files_that_are_not_utf8(tmp_path):
 
 
 def test_errors_say_what_where_and_how_to_mend(tmp_path):
-    touch(tmp_path, "photo.jpg", "empty.txt", "npy/a.npy", "npy/b/c.npy", "npy/d.CSV", "npy/Makefile", "hidden/.a.jpg")
+    touch(tmp_path, "photo.jpg", "empty.txt", "npz/a.npz", "npz/b/c.npz", "npz/d.CSV", "npz/Makefile", "hidden/.a.jpg")
     (tmp_path / "void" / "deeper").mkdir(parents=True)
     assert message(scan, tmp_path / "nowhere") == (
         f"no data at {tmp_path}/nowhere (no such file or directory): give a folder of images or a .txt list of them."
@@ -236,15 +236,15 @@ def test_errors_say_what_where_and_how_to_mend(tmp_path):
         assert message(scan, tmp_path / empty) == (
             f"{tmp_path}/{empty} is empty: give a folder with images in it, or a .txt list that names some."
         )
-    assert message(scan, tmp_path / "npy") == (
-        f"{tmp_path}/npy holds files but no images (seen: 2 .npy, 1 without an ending, 1 .csv): give a folder with "
-        ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff files."
+    assert message(scan, tmp_path / "npz") == (
+        f"{tmp_path}/npz holds files but no images (seen: 2 .npz, 1 without an ending, 1 .csv): give a folder with "
+        ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .npy files."
     )
     listed = tmp_path / "list.txt"
     for content in ("", "# nothing\n\n"):
         listed.write_text(content)
         assert "list.txt is empty" in message(scan, listed)
-    listed.write_text("photo.jpg\nsub/gone.jpg\nnpy\n/also/gone.jpg\nzero\0byte.jpg\n")
+    listed.write_text("photo.jpg\nsub/gone.jpg\nnpz\n/also/gone.jpg\nzero\0byte.jpg\n")
     assert message(scan, listed) == (
         f"4 of the 5 files that {listed} lists do not exist, first 'sub/gone.jpg': correct the paths (relative ones "
         "start from the list's folder)."
@@ -255,6 +255,33 @@ def test_errors_say_what_where_and_how_to_mend(tmp_path):
         f"cannot keep the list of images in {tmp_path}/file/cache (not a directory): choose another output folder or "
         "free some space."
     )
+
+
+def test_arrays_are_images_where_no_others_are(tmp_path):
+    touch(tmp_path, "a/1.npy", "a/2.NPY", "a/x.csv", "b/3.npy", "b/.4.npy")
+    source = scan(tmp_path, tmp_path / ".kept")
+    assert [source.name(i) for i in range(len(source))] == ["a/1.npy", "a/2.NPY", "b/3.npy"]
+    assert source.classes == ["a", "b"]
+    assert scan(tmp_path, tmp_path / ".kept").fingerprint == source.fingerprint
+    assert len(scan(f"{tmp_path}/a/*.npy")) == 1
+    touch(tmp_path, "b/5.tif")
+    source = scan(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["b/5.tif"]
+    assert len(scan(tmp_path / "a")) == 2
+    (tmp_path / "list.txt").write_text("b/5.tif\na/1.npy\n")
+    assert len(scan(tmp_path / "list.txt")) == 2  # a list means what it says
+
+
+def test_a_summary_of_files_of_bands(tmp_path):
+    np.save(tmp_path / "0.npy", np.zeros((13, 20, 30), np.uint16))
+    np.save(tmp_path / "1.npy", np.zeros((40, 50, 13), np.uint16))
+    np.save(tmp_path / "2.npy", np.zeros((40, 50, 12), np.uint16))
+    summary = summarise(scan(tmp_path), workers=1, channels=13)
+    assert summary.formats == {"npy": 2}
+    assert (summary.width[2], summary.height[2]) == (50, 40)
+    [(name, reason)] = summary.unreadable
+    assert name == "2.npy"
+    assert "and 13 bands are asked for" in reason
 
 
 def test_fingerprint_sees_names_and_sizes_but_not_the_place(tmp_path):

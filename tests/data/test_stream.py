@@ -1,5 +1,6 @@
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from opsin.data.masks import MaskRecipe
 from opsin.data.order import Order
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
-from opsin.data.stream import Batch, BatchRecipe, DataRecipe, Stream, StreamRecipe
+from opsin.data.stream import Batch, BatchRecipe, DataRecipe, Share, Stream, StreamRecipe
 from opsin.errors import OpsinError
 
 CPU = torch.device("cpu")
@@ -91,6 +92,22 @@ def test_the_weights_of_hidden_patches_are_the_references():
     assert masked.weight.sum() == pytest.approx(0.5)  # half the crops are masked: FACTS §11
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+@pytest.mark.parametrize("micro", [0, 4])
+def test_all_patches_of_both_global_crops_are_predicted(probability, micro):
+    hiding = replace(recipe(micro=micro), masks=MaskRecipe(probability=probability))
+    every = replace(hiding, masks=replace(hiding.masks, predicted="all"))
+    total = 0.0
+    for i in range(16 // (micro or 16)):
+        masked, twin = (Batch(r, 5, images(), CPU).masked(i) for r in (every, hiding))
+        assert torch.equal(masked.mask, twin.mask)
+        assert masked.mask.any() == (probability > 0)
+        assert torch.equal(masked.hidden, torch.arange(2 * (micro or 16) * 144))
+        assert torch.equal(masked.weight, torch.full_like(masked.weight, 1 / (144 * 2 * 16)))
+        total += masked.weight.sum().item()
+    assert total == pytest.approx(1)  # one loss for every crop
+
+
 def test_branches_and_blocks_keep_samples_of_their_own():
     kept = Batch(recipe(), 0, images(), CPU).kept(0)
     assert not torch.equal(kept[0][0, 0], kept[0][0, 1])
@@ -129,15 +146,115 @@ def test_impossible_batches_name_possible_ones(arguments, message):
         BatchRecipe(**arguments)
 
 
-def test_crops_must_fit_the_patch():
-    with pytest.raises(OpsinError, match=r"crops.local_size 14 is not a multiple of backbone.patch 8: try 8"):
-        Stream(
-            StreamRecipe(0, BatchRecipe(), CropRecipe(global_size=32, local_size=14), MaskRecipe(), 8, 1, 0.0),
-            DataRecipe(),
-            Reader(),
-            Order(10),
-            CPU,
-        )
+@pytest.mark.parametrize(
+    ("crops", "message"),
+    [
+        ({"local_size": 14}, r"crops.local_size 14 is not a multiple of backbone.patch 8: try 8"),
+        ({"global_size": 30}, r"crops.global_size 30 is not a multiple of backbone.patch 8: try 24"),
+        ({"mixture": ((64, 16, 0.5), (64, 36, 0.5))}, r"crops.mixture: a side of 36 is not a multiple .* try 32"),
+        ({"mixture": ((64, 16, 0.5), (60, 16, 0.5))}, r"crops.mixture: a side of 60 is not a multiple .* try 56"),
+    ],
+)
+def test_crops_must_fit_the_patch(crops, message):
+    recipe = CropRecipe(**{"global_size": 32, "local_size": 16, **crops})
+    with pytest.raises(OpsinError, match=message):
+        StreamRecipe(0, BatchRecipe(), recipe, MaskRecipe(), 8, 1, 0.0)
+
+
+MIXTURE = ((84, 14, 0.5), (56, 28, 0.5))
+
+
+def test_a_step_has_the_resolution_that_it_draws():
+    mixed, seen = recipe(mixture=MIXTURE), set()
+    for step in range(8):
+        found, alone = Batch(mixed, step, images(), CPU), Batch(mixed.at(step), step, images(), CPU)
+        side, local_side = mixed.at(step).crops.global_size, mixed.at(step).crops.local_size
+        seen.add((side, local_side))
+        assert found.crops("global", 0).shape[-2:] == (side, side)
+        assert found.crops("local", 0).shape[-2:] == (local_side, local_side)
+        assert found.masked(0).mask.shape == (32, (side // 7) ** 2)
+        for kind in ("global", "local"):
+            assert torch.equal(found.crops(kind, 0), alone.crops(kind, 0))
+    assert seen == {(84, 14), (56, 28)}
+    assert recipe().at(3) == recipe()
+
+
+def test_a_photo_is_reduced_for_the_resolution_of_its_step():
+    mixed = recipe(mixture=((14, 14, 0.5), (224, 98, 0.5)))
+    stream = Stream(mixed, DataRecipe(), Reader(), Order(40), CPU)
+    for step in range(8):
+        factors = {choose(3000, 4000) for choose in stream._reductions(step)}
+        assert factors == ({8} if mixed.at(step).crops.global_size == 14 else {1}) or factors <= {1, 2}
+
+
+class Photos(Reader):
+    """Images that differ by index, and the fractions that would be asked of large photos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: list[list[int]] = []
+
+    def submit(self, indices, reductions):
+        self.asked.append(indices)
+        self.factors.append([reduction(1100, 1400) for reduction in reductions])
+        return self
+
+    def scaled(self):
+        pictures = images(40)
+        return [(pictures[i], Scale(*pictures[i].shape[1:], 1)) for i in self.asked[-1]]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 0), (1, 4), (2, 4)])
+def test_crops_repeat_after_the_epochs_asked_for(ranks, micro):
+    """With 40 images in steps of 16, and 2 epochs: an image falls into other steps, and beside other images."""
+    table: dict[int, dict[str, torch.Tensor]] = {}
+    factors: dict[int, int] = {}
+    met, size = Counter(), 16 // ranks
+    for rank in range(ranks):
+        reader = Photos()
+        data = DataRecipe(ahead=0, workers=1)
+        stream = Stream(recipe(micro=micro, repeat=2), data, reader, Order(40), CPU, share=Share(rank, ranks))
+        for step, batch in enumerate(stream.batches(0, 10)):
+            b = batch.micro_size
+            assert (batch.rows // 2 == reader.asked[step]).all()
+            epoch = (16 * step + size * rank + np.arange(size)) // 40
+            assert (batch.rows % 2 == epoch % 2).all()
+            parts = [{kind: batch.crops(kind, part) for kind in ("global", "local")} for part in range(size // b)]
+            for i in range(size):
+                row = int(batch.rows[i])
+                found = {kind: crops[i % b :: b] for kind, crops in parts[i // b].items()}
+                met[row] += 1
+                for kind, crops in table.setdefault(row, found).items():
+                    assert torch.equal(crops, found[kind])
+                assert factors.setdefault(row, reader.factors[step][i]) == reader.factors[step][i]
+    assert met == Counter(dict.fromkeys(range(80), 2))  # 4 epochs: every row twice
+    assert len(set(factors.values())) > 1
+    for image in range(40):  # the two epochs have crops of their own
+        assert not torch.equal(table[2 * image]["global"], table[2 * image + 1]["global"])
+
+
+def test_crops_are_new_in_every_epoch_unless_they_repeat():
+    reader = Photos()
+    stream = Stream(recipe(), DataRecipe(ahead=0), reader, Order(16), CPU)
+    batches = list(stream.batches(0, 2))
+    assert all(batch.rows is None for batch in batches)
+    first, second = (
+        batch.crops("global", 0)[np.argsort(asked)] for batch, asked in zip(batches, reader.asked, strict=True)
+    )
+    assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("micro", [0, 4])
+def test_the_same_crops_come_at_twice_the_resolution_whenever_they_are_asked_for(micro):
+    first, later = (Batch(recipe(micro=micro), 5, images(), CPU) for _ in range(2))
+    for i in range(first.micro_batches):
+        asked_first = first.crops("global", i, scale=2)
+        seen = {kind: later.crops(kind, i) for kind in ("global", "local")}
+        assert asked_first.shape[-2:] == (168, 168)
+        assert torch.equal(later.crops("global", i, scale=2), asked_first)  # also after all were rendered
+        for kind, crops in seen.items():
+            assert torch.equal(first.crops(kind, i), crops)
+            assert torch.equal(later.crops(kind, i), crops)
 
 
 def test_crops_come_in_the_type_asked_for():
@@ -162,9 +279,9 @@ class Uploaded:
         if self in self.present:
             self.present.remove(self)
 
-    def crops(self, kind, dtype):
+    def crops(self, kind, dtype, scale):
         assert self in self.present
-        return render(self.recipe, kind, self.images, self.plans[kind], dtype)
+        return render(self.recipe, kind, self.images, self.plans[kind], dtype, scale)
 
 
 @pytest.mark.parametrize("micro", [0, 4])
@@ -177,7 +294,10 @@ def test_a_gpu_has_the_micro_batch_it_works_on_and_the_next(monkeypatch, micro):
     visits += [(kind, i) for i in range(batch.micro_batches) for kind in ("global", "local")]
     for kind, i in visits:
         assert torch.equal(batch.crops(kind, i), twin.crops(kind, i))
-        assert len(Uploaded.present) == min(2, batch.micro_batches)
+        done = micro == 0 and kind == "local"  # all crops are kept: the images need not stay
+        assert len(Uploaded.present) == (0 if done else min(2, batch.micro_batches))
+    assert torch.equal(batch.crops("global", 0, scale=2), twin.crops("global", 0, scale=2))
+    assert len(Uploaded.present) == min(2, batch.micro_batches)
 
 
 def test_the_next_batch_is_uploaded_ahead_when_it_is_ready(monkeypatch):

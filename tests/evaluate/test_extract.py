@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
+import opsin
 from opsin.backbone import registry, weights
 from opsin.backbone.features import FeatureExtractor
 from opsin.cli import main
@@ -18,6 +20,7 @@ from opsin.data.sources import scan
 from opsin.errors import OpsinError
 from opsin.evaluate import extract
 from opsin.evaluate.extract import write_features
+from opsin.evaluate.knn import knn
 
 SHAPES = [(40, 40), (40, 64), (64, 40), (33, 50), (40, 40), (90, 31), (40, 64)]
 SIZE = 24
@@ -349,3 +352,66 @@ def test_the_command_in_half_precision(extractor, photos, tmp_path, capsys):
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+# ---- other channels
+
+
+def band_files(folder: Path, channels: int) -> dict[str, np.ndarray]:
+    """Files of every kind that holds so many bands, and their pixels; two shapes."""
+    random = np.random.default_rng(0)
+    images = {}
+
+    def add(name: str, dtype: str, write) -> None:
+        image = random.integers(0, 256, (channels, 40, 40 + 8 * (len(images) % 2)))
+        image = (image / 255).astype(dtype) if dtype == "f4" else image.astype(dtype)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, image)
+        images[name] = image
+
+    def pages(path: Path, image: np.ndarray) -> None:
+        tifffile.imwrite(path, image, photometric="minisblack")
+
+    def interleaved(path: Path, image: np.ndarray) -> None:
+        tifffile.imwrite(path, image.transpose(1, 2, 0), photometric="minisblack", planarconfig="contig")
+
+    def png(path: Path, image: np.ndarray) -> None:
+        Image.fromarray(image[0] if channels == 1 else image.transpose(1, 2, 0)).save(path)
+
+    add("a/0.tif", "u2", pages)
+    add("a/1.tif", "f4", pages)
+    if channels == 1:
+        add("b/2.png", "u1", png)
+        add("b/3.png", "u2", png)
+    else:
+        add("b/2.tif", "u2", interleaved)
+        add("b/3.png" if channels == 4 else "b/3.tif", "u1", png if channels == 4 else interleaved)
+    return images
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_features_of_other_channels(channels, tmp_path):
+    images = band_files(tmp_path / "data", channels)
+    (tmp_path / "data" / "a" / "rgb.jpg").write_bytes(b"no image")
+    torch.manual_seed(0)
+    extractor = FeatureExtractor(opsin.create("vit_nano8", channels=channels))
+    out = tmp_path / "features.parquet"
+    assert write_features(extractor, scan(tmp_path / "data"), out, size=SIZE, batch_size=3, workers=2) == 4
+    rows = rows_of(out)
+    assert list(rows) == sorted(images)
+    for name, image in images.items():
+        alone = extractor.features([torch.from_numpy(image)], size=SIZE)
+        np.testing.assert_allclose(rows[name]["cls"], alone.cls[0], rtol=0, atol=1e-5)
+    assert len({tuple(row["cls"]) for row in rows.values()}) == 4
+    result = knn(extractor.backbone, tmp_path / "data", k=(1,), size=SIZE, test_fraction=0.5)
+    assert (result["n_train"], result["n_test"], len(result["left_out"])) == (2, 2, 1)
+
+
+def test_features_of_arrays(tmp_path):
+    images = np.random.default_rng(0).integers(0, 65536, (3, 13, 40, 40), dtype=np.uint16)
+    for number, image in enumerate(images):
+        np.save(tmp_path / f"{number}.npy", image)
+    extractor = FeatureExtractor(opsin.create("vit_nano8", depth=1, channels=13))
+    assert write_features(extractor, scan(tmp_path), tmp_path / "out.parquet", size=SIZE) == 3
+    alone = extractor.features([torch.from_numpy(images[1])], size=SIZE)
+    np.testing.assert_allclose(rows_of(tmp_path / "out.parquet")["1.npy"]["cls"], alone.cls[0], rtol=0, atol=1e-5)

@@ -15,7 +15,8 @@ from opsin.plan.memory import step_memory
 from opsin.plan.options import Cluster, Rates
 from opsin.plan.training import plan
 from opsin.pretrain.parallel import Spread
-from opsin.pretrain.recipe import Recipe, preset
+from opsin.pretrain.presets import preset
+from opsin.pretrain.recipe import Recipe
 
 TINY = {
     "batch.size": 32,

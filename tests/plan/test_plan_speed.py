@@ -10,7 +10,7 @@ from opsin.errors import OpsinError
 from opsin.plan.devices import COPY_SHARE, DATA_SHEETS, NAMES, PRODUCT_SHARE, Device, find
 from opsin.plan.speed import Range, Work, communication, forward_time, step_time, work_of
 from opsin.pretrain.parallel import Spread
-from opsin.pretrain.recipe import preset
+from opsin.pretrain.presets import preset
 
 WORK = Work(flops=4, products=3, attention=1, score_flops=1, scores=1, token_bytes=1, backbone=1000, heads=100, depth=2)
 

@@ -36,7 +36,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
         "none": torch.zeros(0, 3),
         "count": torch.tensor(2**53 + seed + 1),  # not a value that any float type holds
         "scale": torch.tensor(65536.0),
-        **{f"teacher.backbone.{n}": torch.randn(t.shape, generator=generator) for n, t in backbone.items()},
+        **{f"average.backbone.{n}": torch.randn(t.shape, generator=generator) for n, t in backbone.items()},
     }
 
 
@@ -67,7 +67,7 @@ def assert_holds(out: Path, step: int, state: dict[str, torch.Tensor]) -> None:
     backbone, report = weights.restore(checkpoint.folder(out) / f"step-{step:08d}" / "backbone.safetensors")
     assert report.metadata == {"step": str(step)}
     for name, tensor in backbone.state_dict().items():
-        assert bits(tensor) == bits(state[f"teacher.backbone.{name}"]), name
+        assert bits(tensor) == bits(state[f"average.backbone.{name}"]), name
 
 
 def names(out: Path) -> list[str]:

@@ -15,7 +15,7 @@ from opsin.errors import OpsinError
 from opsin.pretrain import objective
 from opsin.pretrain.diagnosis import Doctor, Skipped, Skips, culprit, data_findings
 from opsin.pretrain.monitor import MonitorRecipe
-from opsin.pretrain.recipe import PRESETS, cpu
+from opsin.pretrain.presets import PRESETS, cpu
 from opsin.pretrain.schedules import scheduled
 from opsin.quickstart import recipe as quickstart
 from opsin.quickstart import shipped_photos

@@ -122,6 +122,7 @@ def test_what_a_run_leaves(photos, tiny, tmp_path, uninterrupted):
         "cache",
         "checkpoints",
         "findings.jsonl",  # the batch is too small
+        "heads.safetensors",
         "metrics.jsonl",
         "probe",
         "recipe.yaml",

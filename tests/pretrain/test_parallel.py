@@ -167,7 +167,7 @@ def test_the_spread_is_chosen_by_what_fits():
 def test_the_bytes_of_a_state_are_those_that_are_held():
     for precision in ("fp32", "bf16"):
         step = Step(recipe(precision), CPU)
-        held = [*step.student.parameters(), *step.teacher.parameters(), *step.optimiser.moments.values()]
+        held = [*step.student.parameters(), *step.average.parameters(), *step.optimiser.moments.values()]
         held += [p.grad for p in step.student.parameters()]
         for slot in step.optimiser.slots.values():
             held += slot.copies or ()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import opsin
 from opsin.errors import OpsinError
-from opsin.pretrain.recipe import PRESETS, Recipe, from_yaml, preset, to_yaml
+from opsin.pretrain.presets import PRESETS, preset
+from opsin.pretrain.recipe import Recipe, from_yaml, to_yaml
 
 
 @pytest.mark.parametrize("name", PRESETS)

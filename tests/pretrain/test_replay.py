@@ -34,8 +34,8 @@ class Broken(module.Step):
     name = ""
     at = 5
 
-    def __init__(self, *given):
-        super().__init__(*given)
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
         self.done = None
 
     def __call__(self, batch, values):
@@ -77,8 +77,8 @@ def test_a_replayed_step_is_the_step_of_the_run(images, run, monkeypatch):
         ("student.dino_head.mlp.2.weight", "student.dino_head.mlp.2", "dino_head"),
         ("student.ibot_head.mlp.4.bias", "student.ibot_head.mlp.4", "ibot_head"),
         ("student.dino_head.last_layer.weight_v", "student.dino_head.last_layer", "dino_head"),
-        ("teacher.backbone.patch_embed.proj.weight", "teacher.backbone.patch_embed.proj", "the teacher's backbone, or"),
-        ("teacher.dino_head.mlp.0.weight", "teacher.dino_head.mlp.0", "dino_head"),
+        ("average.backbone.patch_embed.proj.weight", "teacher.backbone.patch_embed.proj", "the teacher's backbone, or"),
+        ("average.dino_head.mlp.0.weight", "teacher.dino_head.mlp.0", "dino_head"),
     ],
 )
 def test_the_module_is_found(images, run, monkeypatch, name, output, part):
@@ -98,7 +98,7 @@ def test_weights_that_are_broken_before_the_step_are_named(images, run, monkeypa
 
 
 def test_the_teachers_prototypes_are_found(images, run, monkeypatch):
-    monkeypatch.setattr(Broken, "name", "teacher.dino_head.last_layer.weight_v")
+    monkeypatch.setattr(Broken, "name", "average.dino_head.last_layer.weight_v")
     monkeypatch.setattr(module, "Step", Broken)
     found = replay(images, run[0], 5, device="cpu")
     assert "prototypes of the image targets" in found.targets

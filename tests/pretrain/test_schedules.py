@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opsin.pretrain.recipe import vitl14, vitl16_short
+from opsin.pretrain.presets import vitl14, vitl16_short
 from opsin.pretrain.schedules import ScheduleRecipe, scheduled
 
 

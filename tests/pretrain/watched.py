@@ -1,6 +1,7 @@
 """A run as the loop makes it, reduced to what the watch sees: for tests that break something in the middle."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from PIL import Image
 
 from opsin.backbone.registry import architecture
 from opsin.data.crops import CropRecipe
+from opsin.data.decode import DECODER
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
 from opsin.data.stream import BatchRecipe, Stream
 from opsin.pretrain.checkpoint import Checkpoints
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.monitor import MonitorRecipe
-from opsin.pretrain.recipe import Recipe, cpu, to_yaml
+from opsin.pretrain.presets import cpu
+from opsin.pretrain.recipe import Recipe, to_yaml
 from opsin.pretrain.schedules import scheduled
 from opsin.pretrain.step import Step
 from opsin.pretrain.watch import Watch
@@ -60,6 +63,13 @@ def write(folder: Path, number: int, pixels: np.ndarray) -> None:
     Image.fromarray(np.asarray(pixels).clip(0, 255).astype(np.uint8)).save(folder / f"{number:03d}.png")
 
 
+FACTS = {
+    "decoder": DECODER,
+    "data": {"fingerprint": "", "images": 0},
+    "begin": {"method": "self", "before": None, "fresh": []},
+}
+
+
 def train(
     recipe: Recipe,
     data: Path,
@@ -81,10 +91,11 @@ def train(
             checkpoints.load(first)
             step_.loaded()
         (out / "recipe.yaml").write_text(to_yaml(recipe))
+        (out / "run.json").write_text(json.dumps(FACTS))
         source = scan(data, progress=False)
         reader = stack.enter_context(ImageReader(source, workers=1))
         stream = Stream(recipe.stream(), recipe.data, reader, source.order, CPU, step_.dtype)
-        watch.begin(first, source, reader, step_.teacher.backbone)
+        watch.begin(first, source, reader, step_.average.backbone)
         batches = stack.enter_context(contextlib.closing(stream.batches(first, recipe.steps)))
         step = first
         try:
@@ -95,7 +106,7 @@ def train(
                 watch.note(step, outcome)
                 step += 1
                 if watch.due(step):
-                    records.append(watch.record(step, outcome, values, TIMINGS, step_.teacher.backbone))
+                    records.append(watch.record(step, outcome, values, TIMINGS, step_.average.backbone))
                 if step in save:
                     checkpoints.save(step, {})
         except Exception as error:

@@ -12,7 +12,16 @@ from PIL import Image
 
 from opsin.errors import OpsinError
 from opsin.report.page import SECTIONS, write_report
-from opsin.report.pictures import loss_curves, neighbour_rows, pca_grid, png, read_metrics
+from opsin.report.pictures import (
+    GLOW,
+    loss_curves,
+    neighbour_rows,
+    norm_grid,
+    norm_histogram,
+    pca_grid,
+    png,
+    read_metrics,
+)
 
 HOSTILE = "<script>alert('x')</script> \" onload=y"
 
@@ -43,14 +52,18 @@ def full_report():
     images = [picture(i) for i in range(3)]
     panel = [(np.full((4, 3, 3), 0.5), np.eye(4, 3, dtype=bool))] * 3
     facts = [{"label": HOSTILE, "value": HOSTILE}]
+    table = {"headers": ["Features", HOSTILE], "rows": [[HOSTILE, 0.5]], "note": HOSTILE}
+    norms = {"without": [np.ones((4, 3))] * 3, HOSTILE: [np.ones((2, 2))] * 3}
     return {
         "title": HOSTILE,
         "subtitle": HOSTILE,
         "summary": facts,
-        "table": {"headers": ["Features", HOSTILE], "rows": [[HOSTILE, 0.5]], "note": HOSTILE},
+        "table": table,
         "says": {"shows": [HOSTILE], "shows_not": [HOSTILE]},
         "curves": loss_curves(records(30)),
         "pca": pca_grid(images, {"before": panel, HOSTILE: panel}),
+        "norms": norm_grid(images, norms)
+        | {"histogram": norm_histogram({"without": np.ones(4)}, 3), "table": table, "limit": HOSTILE},
         "neighbours": neighbour_rows(images[:1], [HOSTILE], images, [HOSTILE, "b", "c"], [[0, 2]]),
         "timings": facts,
         "versions": facts,
@@ -101,7 +114,7 @@ def test_full_report_is_self_contained_and_escaped(tmp_path):
     assert "@import" not in html
     assert not re.search(r"url\(", html)
     # One for each place where the text was given; the title element is not counted.
-    assert page.text.count(HOSTILE) == 17
+    assert page.text.count(HOSTILE) == 22
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 
@@ -116,10 +129,11 @@ def test_browser_is_told_to_load_nothing(tmp_path):
     [
         ("subtitle", 'class="subtitle"'),
         ("summary", '<dl class="summary"'),
-        ("table", '<table class="measures"'),
+        ("table", "<h2>Measures</h2>"),
         ("says", '<section class="says"'),
         ("curves", '<div class="curves"'),
-        ("pca", '<table class="pictures"'),
+        ("pca", "<h2>Patch features as colours</h2>"),
+        ("norms", "<h2>Patch norms</h2>"),
         ("neighbours", '<div class="neighbours"'),
         ("timings", "<h2>Time</h2>"),
         ("versions", "<h2>Versions</h2>"),
@@ -250,6 +264,54 @@ def test_pca_grid():
     assert image.shape == (256, 128, 3)
     np.testing.assert_array_equal(before, 51 * np.repeat(foreground[..., None], 3, axis=2))
     np.testing.assert_array_equal(after, 255 * np.repeat(~foreground[..., None], 3, axis=2))
+
+
+def test_norms_of_all_models_have_one_colour_scale():
+    images = [picture(0, 600, 300), picture(1)]
+    few, many = np.array([[1 / 3, 1.0, 10.0]]), np.array([[0.0, 10**0.5 / 3**0.5], [20.0, 1.0]])
+    grid = norm_grid(images, {"few": [few, few], "many": [many, many]})
+    assert grid["columns"] == ["Image", "few", "many"]
+    image, one, other = (np.asarray(decode(uri)) for uri in grid["rows"][0])
+    assert image.shape == (256, 128, 3)
+    assert one.shape == (1, 3, 3)
+    assert other.shape == (2, 2, 3)
+    darkest, middle, brightest = (np.array(GLOW(shade, bytes=True)[:3]) for shade in (0.0, 0.5, 1.0))
+    np.testing.assert_array_equal(one[0, 0], darkest)
+    np.testing.assert_array_equal(other[0, 0], darkest)  # a norm of 0 has a colour too
+    np.testing.assert_array_equal(one[0, 2], brightest)
+    np.testing.assert_array_equal(other[1, 0], brightest)
+    np.testing.assert_allclose(other[0, 1], middle, atol=3)  # half way in the logarithm
+    np.testing.assert_array_equal(one[0, 1], other[1, 1])
+
+
+def drawn(uri, colour):
+    """Columns of the picture that hold the colour."""
+    shown = np.asarray(decode(uri).convert("RGBA"), dtype=int)
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    found = (abs(shown[..., :3] - wanted).max(2) < 4) & (shown[..., 3] > 200)
+    found[:100] = found[440:] = False  # without the legend above and the strip below
+    return np.flatnonzero(found.any(0))
+
+
+def test_outliers_stand_apart_in_the_histogram():
+    random = np.random.default_rng(0)
+    usual = random.lognormal(0, 0.1, (4, 16, 16))
+    with_outliers = np.concatenate([usual.ravel() ** 2, np.full(20, 9.0)])
+    uri = norm_histogram({"without registers": with_outliers, "4 registers": usual}, 3)
+    assert decode(uri).size == (840, 560)
+    assert len(uri) * 3 / 4 < 60_000
+    limit = drawn(norm_histogram({"x": usual}, 3), "#7a808a").max()  # the right end of the axis
+    first, second = drawn(uri, "#d9663b"), drawn(uri, "#2f8fb5")
+    assert first.max() > second.max() + 200
+    assert first.max() < limit
+    assert np.diff(first).max() > 150  # nothing between the two humps
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 1.0], [1.0, 1e30], [1e-30, 1.0, 1.0]])
+def test_the_histogram_takes_any_norms(values):
+    for count in (1, 9):  # more models than colours
+        uri = norm_histogram({f"a model with a rather long name {i}": np.array(values) for i in range(count)}, 3)
+        assert decode(uri).size == (840, 560)
 
 
 def test_neighbour_rows_look_up_and_mark():

@@ -14,25 +14,27 @@ from opsin.backbone import registry
 from opsin.backbone import weights as files
 from opsin.backbone.fused import fuse
 from opsin.backbone.vit import Features, VisionTransformer
-from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.constants import normalisation
 from opsin.errors import OpsinError, unknown
-from opsin.pixels import rgb
+from opsin.pixels import bands
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The precisions in which a backbone can compute, by the names that options give them."""
 
 RawImage = Tensor | Image.Image
-"""A uint8 RGB tensor `[3, H, W]`, or a PIL image of any mode."""
+"""A tensor `[C, H, W]` of the backbone's channels, in uint8, uint16 or floats from 0 to 1; or a PIL image, of any mode
+for one channel or three and RGBA for four."""
 
 
 class FeatureExtractor:
     """A backbone in eval mode with the preprocessing that it expects.
 
-    An image is a uint8 tensor `[3, H, W]` or a PIL image: its EXIF orientation is applied and any mode becomes 8-bit
-    RGB (see `opsin.pixels`). It is resized with its aspect kept: the shorter side to `size` pixels, then both sides to
-    the nearest multiple of the patch, in one antialiased bicubic resize without a crop; then scaled to [0, 1] and
-    normalised with ImageNet's mean and standard deviation. What already is a float batch `[B, C, H, W]` is taken as it
-    is.
+    An image is a tensor `[C, H, W]`, uint8 RGB as a rule, or a PIL image: its EXIF orientation is applied and any mode
+    becomes 8-bit RGB, or what other channels ask for (see `opsin.pixels.bands`). It is resized with its aspect kept:
+    the shorter side to `size` pixels, then both sides to the nearest multiple of the patch, in one antialiased bicubic
+    resize without a crop; then scaled to [0, 1] and normalised with ImageNet's mean and standard deviation, or what
+    `opsin.constants.normalisation` makes of them for other channels. What already is a float batch `[B, C, H, W]` is
+    taken as it is.
 
     Weights and activations have one precision throughout, without autocast; torch's kernels accumulate sums and the
     statistics of LayerNorm in fp32 all the same. Features come in fp32 (fp64 from fp64 weights), as precise as they
@@ -79,23 +81,18 @@ class FeatureExtractor:
         return self.backbone.cls_token.dtype
 
     def preprocess(self, image: RawImage, size: int = 224) -> Tensor:
-        """One image, ready for the backbone: float32 `[3, H, W]` on the image's device, H and W multiples of the patch.
+        """One image, ready for the backbone: float32 `[C, H, W]` on the image's device, H and W multiples of the patch.
 
         Raises:
-            OpsinError: when `image` is not an image, or the backbone does not take three channels.
+            OpsinError: when `image` is not an image of the backbone's channels, or its samples have no known range.
         """
-        if (channels := self.backbone.arch.channels) != 3:
-            raise OpsinError(
-                f"only RGB images are prepared, and this backbone takes {channels} channels: pass float batches "
-                f"[B, {channels}, H, W], normalised as in training."
-            )
         if size < 1:
             raise OpsinError(f"size {size} is no number of pixels: give the shorter side, for example 224.")
-        pixels = _pixels(image)
+        pixels = _pixels(image, self.backbone.arch.channels)
         h, w = pixels.shape[-2:]
         patch, scale = self.backbone.arch.patch, size / min(h, w)
         target = [max(1, int(side * scale / patch + 0.5)) * patch for side in (h, w)]
-        return _normalise(_resize(pixels, target))
+        return _normalise(_resize(pixels, target), _full_scale(pixels))
 
     @overload
     def features(
@@ -218,17 +215,18 @@ def by_shape(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 def evaluation_transform(image: Tensor, size: int) -> Tensor:
-    """The square crop on which classifiers are evaluated: uint8 `[3, H, W]` to float32 `[3, size, size]`.
+    """The square crop on which classifiers are evaluated: `[C, H, W]`, uint8 as a rule, to float32 `[C, size, size]`.
 
-    As in the reference's evaluation: the shorter side is resized to `size * 256 / 224` (256 for 224) with antialiased
-    bicubic, the centre is cropped, and the result normalised as the backbone expects.
+    Images may also be uint16, or floats from 0 to 1. As in the reference's evaluation: the shorter side is resized to
+    `size * 256 / 224` (256 for 224) with antialiased bicubic, the centre is cropped, and the result normalised by
+    `opsin.constants.normalisation`.
     """
-    pixels = _pixels(image)
+    pixels = _pixels(image, len(image))
     h, w = pixels.shape[-2:]
     shorter = round(size * 256 / 224)
     resized = _resize(pixels, [shorter * side // min(h, w) for side in (h, w)])
     top, left = (round((side - size) / 2) for side in resized.shape[-2:])
-    return _normalise(resized[:, top : top + size, left : left + size])
+    return _normalise(resized[:, top : top + size, left : left + size], _full_scale(pixels))
 
 
 def _promoted(features: Features) -> Features:
@@ -237,25 +235,39 @@ def _promoted(features: Features) -> Features:
     return Features(*(tensor.to(dtype) for tensor in features))
 
 
-def _pixels(image: RawImage) -> Tensor:
-    """A uint8 RGB tensor `[3, H, W]` of any accepted image."""
+def _pixels(image: RawImage, channels: int) -> Tensor:
+    """A tensor `[channels, H, W]` of any accepted image: uint8, uint16, or floats from 0 to 1."""
     if isinstance(image, Image.Image):
         try:
-            return torch.from_numpy(rgb(ImageOps.exif_transpose(image))).permute(2, 0, 1)
+            return torch.from_numpy(bands(ImageOps.exif_transpose(image), channels)).permute(2, 0, 1)
         except ValueError as error:
-            raise OpsinError(f"a PIL image of mode {image.mode} has no known range: {error}.") from None
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise OpsinError(f"a PIL image of mode {image.mode} cannot be taken: {error}.") from None
+    kinds = (torch.uint8, torch.uint16, torch.float16, torch.float32, torch.float64)
+    if not isinstance(image, Tensor) or image.dtype not in kinds or image.ndim != 3 or len(image) != channels:
         given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise OpsinError(f"an image must be a uint8 tensor [3, H, W] or a PIL image, not {given}: convert it.")
+        raise OpsinError(
+            f"an image must be a tensor [{channels}, H, W] in uint8, uint16 or float, or a PIL image, not {given}: "
+            "convert it."
+        )
+    if image.is_floating_point() and not (image.amin() >= 0 and image.amax() <= 1):  # nor with a NaN
+        raise OpsinError(
+            f"a float image must have values from 0 to 1, and these go from {image.amin():g} to {image.amax():g}: "
+            f"scale them, or pass what is normalised already as a batch [B, {channels}, H, W]."
+        )
     return image
 
 
+def _full_scale(pixels: Tensor) -> float:
+    """The value that counts as 1."""
+    return 1.0 if pixels.is_floating_point() else torch.iinfo(pixels.dtype).max
+
+
 def _resize(pixels: Tensor, size: list[int]) -> Tensor:
-    """Antialiased bicubic, in float; what overshoots black or white is clamped, as 8-bit resizing does."""
+    """Antialiased bicubic, in float; what overshoots black or full scale is clamped, as 8-bit resizing does."""
     resized = F.interpolate(pixels[None].float(), size, mode="bicubic", antialias=True)
-    return resized[0].clamp_(0, 255)
+    return resized[0].clamp_(0, _full_scale(pixels))
 
 
-def _normalise(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels / 255 - mean) / std
+def _normalise(pixels: Tensor, full_scale: float) -> Tensor:
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in normalisation(len(pixels)))
+    return (pixels / full_scale - mean) / std

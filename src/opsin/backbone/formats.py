@@ -56,6 +56,10 @@ class Contents:
     """Names left out of `state`, with the reason."""
     filled: dict[str, str] = field(default_factory=dict)
     """Names put into `state`, with the reason."""
+    reshaped: dict[str, str] = field(default_factory=dict)
+    """Names changed in `state` to fit a model, with how."""
+    noted: dict[str, str] = field(default_factory=dict)
+    """What else is to be known of a model that was fitted, by subject."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What was given to `save`."""
 

@@ -5,6 +5,7 @@ replay. `Piece` is for functions that change something, such as a training step,
 there is no CUDA both simply call the function.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,7 +58,11 @@ class Recorder:
 
 
 class Piece:
-    """A function whose inputs have the same shapes in every call, recorded once it has been called a few times.
+    """A function whose inputs come in a few forms, recorded for each once it has been called a few times with it.
+
+    A form is the inputs' nesting, the shapes and types of their tensors, and the values of what is no tensor: a batch
+    of another resolution has a form of its own. Every form holds memory for its inputs and outputs for good, so a
+    constant must not change from call to call.
 
     The first calls and the recording are calls like all others: each is computed once, so the function may change
     weights. What it changes must stay where it is. Results belong to the caller.
@@ -65,23 +70,27 @@ class Piece:
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
         self.function, self.recorder = function, recorder
-        self.calls = 0
-        self.captured: Captured | None = None
+        self.calls: Counter[Any] = Counter()
+        """By form, until it is recorded."""
+        self.captured: dict[Any, Captured] = {}
+        """By form."""
 
     def __call__(self, *inputs: Any) -> Any:
         """What the function gives for `inputs`: tensors on the device, tuples and lists of such, and constants."""
         if self.recorder is None:
             return self.function(*inputs)
         with self.recorder.stream():
-            self.calls += 1
-            if self.calls <= WARM_UP:
-                return self.function(*inputs)
-            if self.captured is None:
-                self.captured = self.recorder.record(self.function, mapped(torch.clone, inputs))
-            for static, given in zip(leaves(self.captured.inputs), leaves(inputs), strict=True):
+            kind = form(inputs)
+            captured = self.captured.get(kind)
+            if captured is None:
+                self.calls[kind] += 1
+                if self.calls[kind] <= WARM_UP:
+                    return self.function(*inputs)
+                captured = self.captured[kind] = self.recorder.record(self.function, mapped(torch.clone, inputs))
+            for static, given in zip(leaves(captured.inputs), leaves(inputs), strict=True):
                 static.copy_(given, non_blocking=True)
-            self.captured.replay()
-            return mapped(torch.clone, self.captured.outputs)
+            captured.replay()
+            return mapped(torch.clone, captured.outputs)
 
 
 Function = Callable[..., Sequence[Tensor]]
@@ -138,6 +147,20 @@ def leaves(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (tuple, list)):
         for branch in tree:
             yield from leaves(branch)
+
+
+def form(tree: Any) -> Any:
+    """What a recording of a call depends on, to compare by and to look up with (see `Piece`).
+
+    Raises:
+        TypeError: there is something that can be no constant, such as a dictionary.
+    """
+    if isinstance(tree, Tensor):
+        return Tensor, tree.shape, tree.dtype
+    if isinstance(tree, (tuple, list)):
+        return type(tree), *map(form, tree)
+    hash(tree)
+    return type(tree), tree
 
 
 def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

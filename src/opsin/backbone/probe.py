@@ -1,4 +1,4 @@
-"""Measures of features as plain tensors: nearest neighbours, effective rank, and the joint-PCA picture of patches.
+"""Measures of features as plain tensors: nearest neighbours, effective rank, outliers among patch norms, joint PCA.
 
 Pure functions that the training monitor and the evaluation share. They know nothing of models, files of images or
 devices; results do not depend on an autocast region around the call.
@@ -9,6 +9,7 @@ Letters in shapes: Q queries, G gallery entries, N samples, h w patches, D width
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,15 @@ from opsin.errors import OpsinError
 
 NEIGHBOURS = (10, 20, 100, 200)
 """The k of the published kNN tables; 20 is usually the best."""
+
+OUTLIER = 3.0
+"""A patch norm above this many medians is an outlier.
+
+Registers' paper (Darcet et al., 2309.16588) cuts ViT-g's two-humped histogram by hand at a norm of 150; a norm means
+nothing across models, a multiple of the median does. Its outliers lie at about ten times the usual norm, and 3 is half
+the way there in the logarithm. Multiples of the spread would not do: patches of a fresh backbone, or of one with
+registers, spread so little that some always lie many deviations out.
+"""
 
 
 @torch.no_grad()
@@ -130,6 +140,33 @@ def rank_me(features: Tensor) -> float:
         return 0.0
     share = singular / singular.sum()
     return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+
+class Outliers(NamedTuple):
+    """What `outliers` says of patch norms."""
+
+    median: float
+    """The usual norm (the lower median)."""
+    peak: float
+    """The largest norm, in medians."""
+    share: float
+    """Of patches above `OUTLIER` medians."""
+
+
+def outliers(norms: Tensor) -> Outliers:
+    """How many patches have an abnormally large norm (Darcet et al., 2309.16588); see `OUTLIER` for the rule.
+
+    Args:
+        norms: lengths of one model's patch features, of any shape, over all images together. They are to be taken
+            before the final LayerNorm, which makes all lengths nearly equal.
+
+    Raises:
+        OpsinError: there are no norms, some are not finite, or most are 0.
+    """
+    x = _exact(norms).flatten()
+    if not len(x) or not x.isfinite().all() or (median := x.median().item()) <= 0:
+        raise OpsinError("patch norms must be finite and most of them above 0: check the weights and the images.")
+    return Outliers(median, x.max().item() / median, (x > OUTLIER * median).double().mean().item())
 
 
 def paired_bootstrap(

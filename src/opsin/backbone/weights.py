@@ -7,8 +7,9 @@
 - Hugging Face `Dinov2Model` and `Dinov2WithRegistersModel` folders, also sharded or with a classifier on top;
 - timm state dicts.
 
-Whatever in a file does not fit and has no stated reason is an error; nothing is ever loaded partially. Pickles are read
-with torch's restricted reader, which refuses code.
+Whatever in a file does not fit and has no stated reason is an error; nothing is ever loaded partially. `adapt` is for
+weights that go into a model of another stem: other channels, another patch, another position grid, added registers; it
+names what it changed. Pickles are read with torch's restricted reader, which refuses code.
 """
 
 import json
@@ -16,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opsin.backbone import registry
+from opsin.backbone.adapt import KERNEL, fit_stem, positions, resampled
 from opsin.backbone.formats import FORMAT, Contents, open_weights, some
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 
 _VISIBLE = ("width", "depth", "patch", "ffn", "registers", "channels")
+_TRUNK = ("width", "depth", "heads", "ffn")
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class LoadReport:
     matched: list[str]
     """Tensors taken over as they are."""
     reshaped: list[str]
-    """Tensors resampled to fit (the position table, when asked)."""
+    """Tensors changed to fit, by `adapt` or when asked; each has in `explained` how."""
     missing: list[str]
     """Tensors of the model that the source lacks; each has its reason in `explained`."""
     unexpected: list[str]
     """Tensors of the source that the model lacks; each has its reason in `explained`."""
     explained: dict[str, str]
-    """Why a missing or unexpected name is no error."""
+    """Why a missing or unexpected name is no error, how a reshaped tensor was changed, what else is to be known."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What was given to `save`, for our own files."""
 
@@ -137,7 +140,38 @@ def load(model: VisionTransformer, source: str | Path, *, resample_positions: bo
     Raises:
         OpsinError: another architecture, tensors missing, unexpected or of another shape, NaN or infinite values.
     """
-    return _fill(model, open_weights(Path(source)), str(source), resample_positions)
+    contents = open_weights(Path(source))
+    _check_exactly(model, contents, str(source), resample_positions)
+    return _fill(model, contents, str(source))
+
+
+def adapt(model: VisionTransformer, source: str | Path) -> LoadReport:
+    """Copy weights into `model`, whose stem may differ from theirs; the report says what was changed, and how.
+
+    - Channels: weights for 3 fit a model of any number (rule: `opsin.backbone.adapt.channels`); others must be equal.
+    - Patch: the convolution is resampled (`opsin.backbone.adapt.patch`).
+    - Position grid: resampled by the source's rule, so that the model has at its own size the positions that the source
+      would have there. At other sizes the model follows its own rule; if that is another, the report says so.
+    - Registers: a model with registers takes weights without. Its register tokens stay as they are, so it must be an
+      initialised model. Otherwise the numbers must be equal: registers are neither dropped nor added to trained ones.
+
+    Width, depth, heads and feed-forward must be equal. Where nothing differs, this is `load`, bit for bit. What is
+    changed is computed in fp32 or more; then everything is cast to the model's type, as in `load`.
+
+    Args:
+        model: the initialised backbone to fill.
+        source: a file or folder in any of the forms that this module lists.
+
+    Raises:
+        OpsinError: another trunk, channels or registers beyond these rules, or what `load` raises; nothing is loaded.
+    """
+    contents, where = open_weights(Path(source)), str(source)
+    theirs = _visible(contents.state, where)
+    if contents.arch is not None:
+        theirs["heads"] = contents.arch.heads
+    _check_trunk(model.arch, theirs, where)
+    fit_stem(contents, model, theirs | {"grid": _grid(contents.state["pos_embed"], where)}, where)
+    return _fill(model, contents, where)
 
 
 def restore(source: str | Path, device: str | torch.device | None = None) -> tuple[VisionTransformer, LoadReport]:
@@ -148,7 +182,8 @@ def restore(source: str | Path, device: str | torch.device | None = None) -> tup
     """
     contents = open_weights(Path(source))
     model = empty(contents.arch or infer(contents.state, str(source)), device)
-    return model, _fill(model, contents, str(source), resample_positions=False)
+    _check_exactly(model, contents, str(source), resample_positions=False)
+    return model, _fill(model, contents, str(source))
 
 
 def empty(arch: Architecture, device: str | torch.device | None = None) -> VisionTransformer:
@@ -158,30 +193,52 @@ def empty(arch: Architecture, device: str | torch.device | None = None) -> Visio
     return model.to_empty(device=device or "cpu")
 
 
-def _fill(model: VisionTransformer, contents: Contents, where: str, resample_positions: bool) -> LoadReport:
+def _fill(model: VisionTransformer, contents: Contents, where: str) -> LoadReport:
     state = contents.state
-    _check_architecture(model, contents, where)
-    reshaped = []
-    if "pos_embed" in state and (grid := _grid(state["pos_embed"], where)) != model.arch.grid:
-        if not resample_positions:
-            raise OpsinError(
-                f"{where} has a position grid of {grid}×{grid}, not {model.arch.grid}×{model.arch.grid} as the model: "
-                f"create the model with grid={grid}, or resample it with resample_positions=True."
-            )
-        state["pos_embed"] = _resample(state["pos_embed"], model.arch, grid)
-        reshaped.append("pos_embed")
     _check_tensors(model.state_dict(), state, where)
     model.load_state_dict(state)
-    changed = {*reshaped, *contents.filled}
+    changed = {*contents.reshaped, *contents.filled}
     return LoadReport(
         source=where,
         described=contents.arch is not None,
         matched=[name for name in state if name not in changed],
-        reshaped=reshaped,
+        reshaped=list(contents.reshaped),
         missing=list(contents.filled),
         unexpected=list(contents.ignored),
-        explained=contents.filled | contents.ignored,
+        explained=contents.filled | contents.ignored | contents.reshaped | contents.noted,
         metadata=contents.metadata,
+    )
+
+
+def _check_exactly(model: VisionTransformer, contents: Contents, where: str, resample_positions: bool) -> None:
+    """Refuse another architecture; another position grid is refused or, when asked, resampled in `contents`."""
+    _check_architecture(model, contents, where)
+    state, ours = contents.state, model.arch.grid
+    if "pos_embed" not in state or (grid := _grid(state["pos_embed"], where)) == ours:
+        return
+    if not resample_positions:
+        raise OpsinError(
+            f"{where} has a position grid of {grid}×{grid}, not {ours}×{ours} as the model: create the model with "
+            f"grid={grid}, or resample it with resample_positions=True."
+        )
+    state["pos_embed"] = positions(state["pos_embed"], ours, model.arch)
+    contents.reshaped["pos_embed"] = resampled(grid, ours)
+
+
+def _check_trunk(arch: Architecture, theirs: dict[str, Any], where: str) -> None:
+    """Refuse weights of other blocks, and name the architecture that they are of."""
+    ours = {name: value for name, value in asdict(arch).items() if name in theirs}
+    trunk = {name: theirs[name] for name in _TRUNK if name in theirs}
+    differing = [f"{name} {value} (model: {ours[name]})" for name, value in trunk.items() if value != ours[name]]
+    if not differing:
+        return
+    known = {name: asdict(registry.architecture(name)) for name in registry.names()}
+    alike = [name for name in known if all(known[name][key] == value for key, value in trunk.items())]
+    alike.sort(key=lambda name: sum(known[name][key] != theirs[key] for key in ("patch", "registers")))
+    raise OpsinError(
+        f"{where} holds {_describe(theirs)} and the model is {_describe(ours)}, which differ in "
+        f"{', '.join(differing)}: only channels, patch, position grid and registers can be adapted, so give --init the "
+        f"architecture of the weights{f', {alike[0]}' if alike else ''}."
     )
 
 
@@ -223,19 +280,12 @@ def _check_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whe
         )
 
 
-def _resample(table: Tensor, arch: Architecture, grid: int) -> Tensor:
-    """The position table `[1, 1 + grid*grid, D]` resampled for `arch`."""
-    source = VisionTransformer(replace(arch, grid=grid, width=table.shape[2], heads=1, depth=1)).to(table.dtype)
-    with torch.no_grad():
-        source.pos_embed.copy_(table)
-        return source.positions(arch.grid, arch.grid)
-
-
 def _visible(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The fields of `Architecture` that shapes show, but for the grid."""
     blocks = [int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)]
-    patches = state.get("patch_embed.proj.weight")
-    if patches is None or patches.ndim != 4 or "pos_embed" not in state or not blocks:
+    patches = state.get(KERNEL, torch.empty(0))
+    square = patches.ndim == 4 and patches.shape[2] == patches.shape[3]
+    if not square or "pos_embed" not in state or not blocks:
         raise OpsinError(
             f"{source} holds no vision transformer in any known form (its first tensors: {some(list(state))}): pass a "
             "backbone of DINOv2, from Opsin, the official release, transformers or timm."
@@ -252,7 +302,7 @@ def _visible(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
 
 
 def _grid(table: Tensor, source: str) -> int:
-    grid = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 else 0
+    grid = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 and len(table) == 1 else 0
     if not grid or 1 + grid**2 != table.shape[1]:
         raise OpsinError(
             f"{source} has a position table of shape {list(table.shape)}, which is not a class position and a square "

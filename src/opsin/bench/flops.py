@@ -27,7 +27,7 @@ def flops(call: Callable[[], object]) -> int:
 class _Shapes(Batch):
     """A batch of which only the shapes matter."""
 
-    def crops(self, kind: Literal["global", "local"], micro: int) -> Tensor:  # noqa: ARG002
+    def crops(self, kind: Literal["global", "local"], micro: int, scale: int = 1) -> Tensor:  # noqa: ARG002
         """Crops without pixels."""
         recipe = self.recipe.crops
         count, size = recipe.count(kind), recipe.size(kind)

@@ -7,7 +7,8 @@ GaussianBlur, RandomSolarize), which is what the reference uses; unlike there, n
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ from opsin.errors import FINITE, OpsinError, within
 
 Kind = Literal["global", "local"]
 KINDS: tuple[Kind, ...] = ("global", "local")
+
+_SHARES = 2e-3
+"""By how much the shares of a mixture may miss 1: thirds may be written 0.333."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,12 @@ class CropRecipe:
     """Share of the image's area that a local crop covers."""
     local_count: int = 8
     """Local crops of an image."""
+    mixture: tuple[tuple[int, int, float], ...] = ()
+    """Sides of the global and of the local crops, and the share of the steps that have them; each step draws one of
+    these entries. Empty: all steps have `global_size` and `local_size`."""
+    repeat: int = 0
+    """0: crops are new in every epoch; n: those of an image repeat after n epochs, so that a teacher's features of them
+    can be stored."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a crop before it is resized to a square, log-uniform."""
     flip: float = 0.5
@@ -63,18 +73,20 @@ class CropRecipe:
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of inverting the values above one half, for the first global, second global and local crops."""
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Subtracted per channel from values in 0 … 1; one entry per channel."""
+    """Subtracted per channel from values in 0 … 1; one entry per channel, or one for all."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Divided by, per channel."""
+    """Divided by, likewise."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise OpsinError(
-                f"crops.mean has {len(self.mean)} entries and crops.std {len(self.std)}: give both one per channel."
+                f"crops.mean has {len(self.mean)} entries and crops.std {len(self.std)}: give both one per channel, or "
+                "both one for all."
             )
         share = (0.0, 1.0)
         within(self, "crops.", flip=share, jitter=share, gray=share, blur=share, solarize=share)
         within(self, "crops.", global_size=(1, 1e5), local_size=(1, 1e5), local_count=(0, 1e3), aspect=(1e-2, 1e2))
+        within(self, "crops.", repeat=(0, 1e6))
         within(self, "crops.", brightness=share, contrast=share, saturation=share, hue=(0, 0.5))
         within(self, "crops.", blur_sigma=(1e-3, 1e3), mean=(-FINITE, FINITE), std=(1e-6, FINITE))
         for name in ("aspect", "blur_sigma"):
@@ -85,6 +97,20 @@ class CropRecipe:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise OpsinError(f"crops.{name} is ({low}, {high}): give two shares of the area, 0 < low ≤ high ≤ 1.")
+        for entry in self.mixture:
+            if not (1 <= entry[0] <= 1e5 and 1 <= entry[1] <= 1e5 and 0 < entry[2] <= 1):
+                raise OpsinError(
+                    f"crops.mixture has an entry {entry}: give the side of the global crops and of the local crops, "
+                    "each from 1 to 100000, and a share of the steps, above 0 and up to 1."
+                )
+        shares = sum(share for _, _, share in self.mixture)
+        if self.mixture and abs(shares - 1) > _SHARES:
+            raise OpsinError(f"the shares of crops.mixture sum to {shares:g}: give shares that sum to 1.")
+        if self.mixture and self.repeat:
+            raise OpsinError(
+                f"crops.repeat is {self.repeat} but crops.mixture changes the sizes of the crops from step to step, so "
+                "that they do not repeat: leave one of them out."
+            )
 
     def count(self, kind: Kind) -> int:
         """Crops of this kind per image."""
@@ -93,6 +119,29 @@ class CropRecipe:
     def size(self, kind: Kind) -> int:
         """Side of a crop of this kind in pixels."""
         return self.global_size if kind == "global" else self.local_size
+
+    def at(self, seed: int, step: int) -> "CropRecipe":
+        """The recipe of one step, which has no mixture."""
+        if not self.mixture:
+            return self
+        ends = np.cumsum([share for _, _, share in self.mixture])
+        drawn = uniform(seed, Stream.MIXTURE, step, 1)[0] * ends[-1]
+        side, local_side, _ = self.mixture[int(np.searchsorted(ends[:-1], drawn, side="right"))]
+        return replace(self, global_size=side, local_size=local_side, mixture=())
+
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation for every channel.
+
+        Raises:
+            OpsinError: there are as many for another number of channels.
+        """
+        if len(self.mean) not in (1, channels):
+            raise OpsinError(
+                f"crops.mean and crops.std have {len(self.mean)} entries but the images {channels} channels: "
+                "give one entry per channel, or one for all."
+            )
+        times = channels // len(self.mean)
+        return self.mean * times, self.std * times
 
 
 @dataclass(frozen=True)
@@ -139,7 +188,7 @@ def draw_crops(
         recipe: what is drawn.
         kind: global or local.
         seed: the run's.
-        positions: the samples' numbers in the run `[B]`.
+        positions: the samples' numbers in the run `[B]`, or in a table of the crops that repeat.
         sizes: heights and widths `[B, 2]`.
         reductions: by how much the pixels of each image are reduced `[B]`, see `reduction`; boxes are then rounded
             down to whole reduced pixels. None is 1 for all.
@@ -217,9 +266,17 @@ _CACHE_ROWS = 8
 
 
 def render(
-    recipe: CropRecipe, kind: Kind, images: Sequence[Tensor], plan: CropPlan, dtype: torch.dtype = torch.float32
+    recipe: CropRecipe,
+    kind: Kind,
+    images: Sequence[Tensor],
+    plan: CropPlan,
+    dtype: torch.dtype = torch.float32,
+    scale: int = 1,
 ) -> Tensor:
     """Normalised crops `[n, C, S, S]`, ordered as the plan; resized in fp32, and then computed in at least fp32.
+
+    Crops at a larger `scale` show the same: the same boxes and colours, and a blur as wide in the picture. Reduced to
+    S they are nearly, not exactly, the crops at scale 1, which clip, blur and solarize values that were reduced before.
 
     Args:
         recipe: for the size, the mean and the standard deviation.
@@ -228,26 +285,23 @@ def render(
             than 3, brightness and contrast act per channel and hue, saturation and gray are left out.
         plan: for these images, of `draw_crops`.
         dtype: of the result.
+        scale: S is so many times the size that the recipe gives.
     """
     channels, device = images[0].shape[0], images[0].device
-    if len(recipe.mean) != channels:
-        raise OpsinError(
-            f"crops.mean and crops.std have {len(recipe.mean)} entries but the images {channels} channels: "
-            "give one entry per channel."
-        )
-    count, size = len(plan.boxes), recipe.size(kind)
+    mean, std = recipe.normalisation(channels)
+    count, size = len(plan.boxes), scale * recipe.size(kind)
     sources = [images[row % len(images)] for row in range(count)]
     rows = _CACHE_ROWS if device.type == "cpu" else max(1, count)
     crops = torch.empty((count, channels, size, size), dtype=dtype, device=device)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (recipe.mean, recipe.std))
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        crops[part] = (_augment(sources[part], plan.rows(part), size, dtype) - mean) / std
+        x = _coloured(sources[part], plan.rows(part), size, dtype)
+        crops[part] = finished(x, plan.rows(part), mean, std, scale)
     return crops
 
 
-def _augment(images: Sequence[Tensor], plan: CropPlan, size: int, dtype: torch.dtype) -> Tensor:
-    """Crops `[n, C, size, size]` in 0 … 1 of n images, in the reference's order of operations."""
+def _coloured(images: Sequence[Tensor], plan: CropPlan, size: int, dtype: torch.dtype) -> Tensor:
+    """Crops `[n, C, size, size]` in 0 … 1 of n images, in the reference's order of operations up to the blur."""
     resize = resize_by_kernel if images[0].device.type == "cpu" else resize_by_products
     # Rounding in what follows can depend on which crops are computed together: fp64 is for those who compare runs.
     x = resize(images, plan.boxes, size).to(torch.promote_types(dtype, torch.float32))
@@ -259,8 +313,20 @@ def _augment(images: Sequence[Tensor], plan: CropPlan, size: int, dtype: torch.d
             x = _on(x, plan.jitter & (plan.order[:, turn] == number), operation, plan.factors[:, number])
     if colour:
         x = _on(x, plan.gray, lambda part, _: grayscale(part).repeat(1, 3, 1, 1))
-    x = _on(x, plan.sigma > 0, blur, plan.sigma)
-    return _on(x, plan.solarize, lambda part, _: solarize(part))
+    return x
+
+
+def finished(x: Tensor, plan: CropPlan, mean: Sequence[float], std: Sequence[float], scale: int = 1) -> Tensor:
+    """Crops `[n, C, S, S]` in 0 … 1, which it may overwrite, blurred, solarized and normalised, in at least fp32.
+
+    At a larger `scale` the Gaussian has as many times more taps on either side of its centre, so that it ends at the
+    same distance in the picture (but for half a pixel, as taps stand for pixels).
+    """
+    x = _on(x, plan.sigma > 0, partial(blur, radius=_RADIUS * scale), plan.sigma * scale)
+    x = _on(x, plan.solarize, lambda part, _: solarize(part))
+    for channel, shift, width in zip(x.unbind(1), mean, std, strict=True):
+        channel.sub_(shift).div_(width)
+    return x
 
 
 def _on(
@@ -270,8 +336,11 @@ def _on(
     rows = np.flatnonzero(where)
     if len(rows) == 0:
         return x
-    index = torch.from_numpy(rows).to(x.device)
-    chosen = torch.from_numpy(np.zeros(len(rows)) if values is None else values[rows]).to(x.device, x.dtype)
+    index, chosen = torch.from_numpy(rows), torch.zeros(1) if values is None else torch.from_numpy(values[rows])
+    chosen = chosen.to(x.dtype)
+    if x.device.type == "cuda":  # from memory that is not pinned, a copy would wait for the device
+        index, chosen = index.pin_memory(), chosen.pin_memory()
+    index, chosen = (tensor.to(x.device, non_blocking=True) for tensor in (index, chosen))
     if len(rows) == len(x):
         return operation(x, chosen)
     return x.index_copy_(0, index, operation(x[index], chosen))
@@ -309,14 +378,14 @@ def resize_by_products(images: Sequence[Tensor], boxes: Integers, size: int) -> 
     padded = np.stack([-(-boxes[:, 2] // _BUCKET) * _BUCKET, -(-boxes[:, 3] // _BUCKET) * _BUCKET], axis=1)
     for bucket_height, bucket_width in np.unique(padded, axis=0).tolist():
         rows = np.flatnonzero((padded == (bucket_height, bucket_width)).all(axis=1))
-        first = images[0]
+        first = as_unit(images[0][:, :1, :1])
         windows = first.new_zeros((len(rows), first.shape[0], bucket_height, bucket_width))
         for window, row in zip(windows, rows.tolist(), strict=True):
             top, left, height, width = boxes[row].tolist()
-            window[:, :height, :width] = images[row][:, top : top + height, left : left + width]
+            window[:, :height, :width] = as_unit(images[row][:, top : top + height, left : left + width])
         rows_matrix = _bicubic_matrices(boxes[rows, 2], size, bucket_height, first.device)
         columns_matrix = _bicubic_matrices(boxes[rows, 3], size, bucket_width, first.device)
-        part = rows_matrix[:, None] @ as_unit(windows) @ columns_matrix[:, None].transpose(-1, -2)
+        part = rows_matrix[:, None] @ windows @ columns_matrix[:, None].transpose(-1, -2)
         if out is None:
             out = part.new_empty((len(boxes), *part.shape[1:]))
         out.index_copy_(0, torch.from_numpy(rows).to(out.device), part)
@@ -395,13 +464,17 @@ def solarize(x: Tensor) -> Tensor:
     return torch.where(x >= 128 / 255, 1 - x, x)
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with 9 taps and reflected borders, as two products with one band matrix per crop."""
+_RADIUS = 4
+"""Taps of the blur on either side of its centre."""
+
+
+def blur(x: Tensor, sigma: Tensor, radius: int = _RADIUS) -> Tensor:
+    """Gaussian blur with 2 · `radius` + 1 taps and reflected borders, as two products with one band matrix per crop."""
     size = x.shape[-1]
-    offsets = torch.arange(-4, 5, device=x.device, dtype=x.dtype)
-    taps = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    reach = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (reach.to(x.dtype) / sigma[:, None]) ** 2)
     taps = taps / taps.sum(-1, keepdim=True)
-    source = torch.arange(size, device=x.device)[:, None] + torch.arange(-4, 5, device=x.device)
+    source = torch.arange(size, device=x.device)[:, None] + reach
     source = source.abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)  # reflection without repeating the border
     band = x.new_zeros((len(x), size, size))

@@ -6,6 +6,9 @@ with a segmentation fault (seen with 0.29 on 40 altered bytes), and it gains not
 wanted at a fraction of its size goes through Pillow, which has libjpeg compute that fraction only. The JPEG engine of a
 GPU is left out: 16 threads decode five times what a training step needs, and its pixels would be others.
 
+Images of other bands than RGB keep their samples as they are, 16 bits and floats too: see `decode`. Those that Pillow
+does not know are read by `opsin.data.bands`.
+
 What is read is the file's content: its name and extension decide nothing.
 """
 
@@ -14,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 import PIL
@@ -36,8 +39,9 @@ from PIL import (
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from opsin.data.bands import TIFF, Stored, open_bands
 from opsin.errors import OpsinError
-from opsin.pixels import rgb
+from opsin.pixels import bands, check_bands, luma
 
 # The part after "+" tells CPU from CUDA builds, which carry the same libjpeg.
 DECODER: Final = f"torchvision {torchvision.__version__.split('+')[0]}, Pillow {PIL.__version__}" + "".join(
@@ -56,10 +60,7 @@ _SIGNATURES: Final[tuple[tuple[bytes, type[ImageFile.ImageFile]], ...]] = (
     (b"GIF87a", GifImagePlugin.GifImageFile),
     (b"GIF89a", GifImagePlugin.GifImageFile),
     (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", TiffImagePlugin.TiffImageFile),
-    (b"II+\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0+", TiffImagePlugin.TiffImageFile),
+    *((start, TiffImagePlugin.TiffImageFile) for start in TIFF),
 )
 
 
@@ -78,7 +79,7 @@ class Header(NamedTuple):
     """What a file says of itself before any pixel is decoded."""
 
     format: str
-    """`jpeg`, `png`, `webp`, `gif`, `bmp` or `tiff`."""
+    """`jpeg`, `png`, `webp`, `gif`, `bmp`, `tiff` or `npy`."""
     width: int
     """Pixels from left to right of the upright image."""
     height: int
@@ -119,23 +120,29 @@ def why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def header(path: Path | bytes) -> Header:
+def header(path: Path | bytes, channels: int = 3) -> Header:
     """Format and upright size of an image file (or of its bytes), read without decoding it.
 
     Raises:
-        DecodeError: the file cannot be opened, is empty, or does not begin like an image.
+        DecodeError: the file cannot be opened, is empty, does not begin like an image, or has other bands.
+        OpsinError: a package that reads it is missing.
     """
     source = None if isinstance(path, bytes) else path
     try:
         with _file(path) as file:
-            return _header(_open(file))
-    except MemoryError:
+            stored = open_bands(file, channels)
+            if stored is not None:
+                return Header(stored.format, *_upright_size(stored.width, stored.height, stored.orientation))
+            image = _open(file)
+            _check(image, channels)
+            return _header(image)
+    except (MemoryError, OpsinError):
         raise
     except Exception as error:  # a damaged header makes Pillow raise almost anything
         raise DecodeError(source, _reason(error)) from error
 
 
-def decode(path: Path | bytes, *, max_pixels: int = 200_000_000) -> Tensor:
+def decode(path: Path | bytes, *, channels: int = 3, max_pixels: int = 200_000_000) -> Tensor:
     """The pixels of an image file (or of its bytes): uint8 `[3, H, W]`, RGB, upright. Safe to call from many threads.
 
     Rules:
@@ -150,6 +157,15 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000) -> Tensor:
         - Palette and grey become RGB; CMYK becomes RGB as Pillow converts it (no colour profile is applied, to any
           format).
 
+    With other `channels` C the result is `[C, H, W]`, of uint8, uint16, or float32 from 0 to 1:
+        - One: 16-bit gray and gray in floats as they are, everything else as the luma (ITU-R BT.601) of the RGB above.
+          Of a TIFF file of several pages the first counts.
+        - Others: TIFF files with C samples per pixel or C pages of one, of every layout, and for four RGBA of 8 bits
+          with the fourth band like the others.
+        - For any C: NumPy arrays `[C, H, W]` or `[H, W, C]`, the side that is C decides; for one also `[H, W]`.
+        - Samples are as in the file, see `opsin.pixels.samples`; nothing of 16 bits is cut to 8, but colours of 16 bits
+          that become RGB or luma.
+
     What is detected: a truncated file (unless all pixels are there), damage to the structure, and damaged pixels where
     the format has a checksum (PNG). JPEG has none: 40 altered bytes inside its data usually decode without an error
     into a picture that is wrong from there on (libjpeg may write "Corrupt JPEG data" to stderr), and so may those of
@@ -157,19 +173,24 @@ def decode(path: Path | bytes, *, max_pixels: int = 200_000_000) -> Tensor:
 
     Args:
         path: a file, or its content.
+        channels: bands of the result.
         max_pixels: images that declare more are refused before anything is decoded. Pillow's own limit of 179 million
-            holds besides for TIFF, WebP and GIF.
+            holds besides for TIFF, WebP and GIF. Of files of bands it stands for 3 bytes per pixel: they may have as
+            many bytes as RGB images.
 
     Returns:
         A view of interleaved pixels `[H, W, 3]`, the layout in which they were decoded: not contiguous.
 
     Raises:
         DecodeError: with the path and the reason.
+        OpsinError: a package that reads the file is missing.
     """
-    return decode_reduced(path, whole, max_pixels=max_pixels)[0]
+    return decode_reduced(path, whole, channels=channels, max_pixels=max_pixels)[0]
 
 
-def decode_reduced(path: Path | bytes, reduction: Reduction, *, max_pixels: int = 200_000_000) -> tuple[Tensor, Scale]:
+def decode_reduced(
+    path: Path | bytes, reduction: Reduction, *, channels: int = 3, max_pixels: int = 200_000_000
+) -> tuple[Tensor, Scale]:
     """As `decode`, but a JPEG comes at the fraction of its size that `reduction` chooses once the size is known.
 
     Pixels of the fraction average squares of whole pixels, counted from the top left corner of the upright image. Where
@@ -178,6 +199,7 @@ def decode_reduced(path: Path | bytes, reduction: Reduction, *, max_pixels: int 
     Args:
         path: see `decode`.
         reduction: from the upright height and width to 1, 2, 4 or 8; asked for JPEGs only.
+        channels: see `decode`.
         max_pixels: see `decode`.
 
     Returns:
@@ -185,31 +207,38 @@ def decode_reduced(path: Path | bytes, reduction: Reduction, *, max_pixels: int 
 
     Raises:
         DecodeError: with the path and the reason.
+        OpsinError: a package that reads the file is missing.
     """
     source = None if isinstance(path, bytes) else path
     try:
         with _file(path) as file:
-            image = _open(file)
-            kind, width, height = _header(image)
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"it declares {width}×{height} pixels, more than max_pixels {max_pixels} (a decompression bomb?)"
-                )
-            factor = 1
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                pixels = _pillow(image)  # already upright: Pillow turns TIFF itself, and only TIFF
+            stored = open_bands(file, channels)
+            if stored is not None:
+                pixels, factor = _stored(stored, max_pixels), 1
+                height, width = pixels.shape[:2]
             else:
-                turn = _orientation(image)
-                if kind == "jpeg":
-                    factor = _reduce(image, turn, reduction(height, width))
-                if kind == "jpeg" and factor == 1:
-                    file.seek(0)
-                    encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-                    pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+                image = _open(file)
+                _check(image, channels)
+                kind, width, height = _header(image)
+                if width * height > max_pixels:
+                    raise ValueError(
+                        f"it declares {width}×{height} pixels, more than max_pixels {max_pixels} (a decompression "
+                        "bomb?)"
+                    )
+                factor = 1
+                if isinstance(image, TiffImagePlugin.TiffImageFile):
+                    pixels = _pillow(image, channels)  # already upright: Pillow turns TIFF itself, and only TIFF
                 else:
-                    pixels = _pillow(image)
-                pixels = _upright(pixels, turn)
-    except MemoryError:
+                    turn = _orientation(image)
+                    if kind == "jpeg":
+                        factor = _reduce(image, turn, reduction(height, width))
+                    if kind == "jpeg" and factor == 1:
+                        file.seek(0)
+                        pixels = _torchvision(file.read(), image.mode, channels)
+                    else:
+                        pixels = _pillow(image, channels)
+                    pixels = _upright(pixels, turn)
+    except (MemoryError, OpsinError):
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise DecodeError(source, _reason(error)) from error
@@ -242,9 +271,18 @@ def _header(image: ImageFile.ImageFile) -> Header:
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is upright or not, by Pillow's version
         width, height = (int(image.tag_v2[tag]) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
-    if _orientation(image) >= 5:
-        width, height = height, width
-    return Header(str(image.format).lower(), width, height)
+    return Header(str(image.format).lower(), *_upright_size(width, height, _orientation(image)))
+
+
+def _upright_size(width: int, height: int, orientation: int) -> tuple[int, int]:
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def _check(image: ImageFile.ImageFile, channels: int) -> None:
+    """Raise a ValueError unless the file has what `channels` asks for, in all its bits."""
+    check_bands(image, channels)
+    if channels not in (1, 3) and ";16" in str(image.tile):
+        raise ValueError("RGBA of 16 bits would lose half of them: store it as TIFF or .npy")
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -257,8 +295,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation on `[H, W, 3]`."""
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo an EXIF orientation on `[H, W, C]`."""
     if orientation == 1:
         return pixels
     if orientation >= 5:
@@ -280,10 +318,28 @@ def _reduce(image: ImageFile.ImageFile, orientation: int, factor: int) -> int:
     return factor
 
 
-def _pillow(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
-    """Decode with Pillow into `[H, W, 3]`."""
+def _stored(stored: Stored, max_pixels: int) -> NDArray[Any]:
+    """Read a file of bands into `[H, W, C]`, upright."""
+    if stored.bytes > 3 * max_pixels:
+        raise ValueError(
+            f"it declares {stored.width}×{stored.height} pixels of {stored.bytes} bytes, more than the 3 per pixel of "
+            f"max_pixels {max_pixels} (a decompression bomb?)"
+        )
+    return _upright(stored.read(), stored.orientation)
+
+
+def _torchvision(jpeg: bytes, mode: str, channels: int) -> NDArray[np.uint8]:
+    """Decode a JPEG, whose mode is Pillow's, into `[H, W, C]` of gray or RGB."""
+    encoded = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+    wanted = ImageReadMode.GRAY if (mode, channels) == ("L", 1) else ImageReadMode.RGB
+    pixels: NDArray[np.uint8] = decode_jpeg(encoded, mode=wanted).permute(1, 2, 0).numpy()
+    return luma(pixels)[..., None] if pixels.shape[2] != channels else pixels
+
+
+def _pillow(image: ImageFile.ImageFile, channels: int) -> NDArray[Any]:
+    """Decode with Pillow into `[H, W, C]`."""
     image.load()
-    return rgb(image)
+    return bands(image, channels)
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,8 @@ from opsin.errors import OpsinError
 
 IMAGES: Final = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings, in any case, that make a file an image."""
+ARRAYS: Final = (".npy",)
+"""Endings, in any case, that make a file an image where no other images are: beside others it holds labels and such."""
 SHARDS: Final = (".tar", ".parquet", ".arrow")
 """Endings, in any case, that make a file a shard of images."""
 PACKED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -44,6 +46,8 @@ class Listing:
     """Endings of the files that are neither images nor shards."""
     shards: list[File] = field(default_factory=list)
     """The files that hold images."""
+    arrays: list[tuple[str, int]] = field(default_factory=list)
+    """Path and size in bytes of every NumPy array, until `settle`."""
 
     def add(self, file: File) -> None:
         """Sort a file in by its ending."""
@@ -52,8 +56,19 @@ class Listing:
             self.files.append((file.name, file.size))
         elif kind in SHARDS:
             self.shards.append(file)
+        elif kind in ARRAYS:
+            self.arrays.append((file.name, file.size))
         else:
             self.others[kind] += 1
+
+    def settle(self) -> "Listing":
+        """Decide once all files are known whether arrays are images, and return this listing."""
+        if self.files or self.shards:
+            self.others.update(ending(name) for name, _ in self.arrays)
+        else:
+            self.files = self.arrays
+        self.arrays = []
+        return self
 
 
 def ending(name: str) -> str:
@@ -63,7 +78,7 @@ def ending(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether a path ends like an image, and none of its parts is hidden."""
+    """Whether a path in a tar ends like an image, and none of its parts is hidden; arrays there are side files."""
     return ending(name) in IMAGES and not _hidden(name)
 
 
@@ -77,7 +92,7 @@ def list_store(store: Store) -> Listing:
     for file in store.list():
         if not _hidden(file.name):
             listing.add(file)
-    return listing
+    return listing.settle()
 
 
 def check_arrow(store: Store, listing: Listing) -> None:
@@ -158,6 +173,7 @@ def list_pattern(place: Place) -> tuple[Place, Listing]:
             missing.append(name.removeprefix(prefix))
         for file in found:
             listing.add(file._replace(name=f"{folder}/{file.name}" if folder else file.name))
+    listing.settle()
     if missing:
         raise OpsinError(
             f"{len(missing)} of the {len(names)} files that {where} names do not exist, first '{shown(missing[0])}': "
@@ -210,7 +226,7 @@ def walk(root: Path, progress: bool) -> Listing:
             if not pending and links:
                 links.sort(key=os.fsencode, reverse=True)
                 pending.append(links.pop())
-    return listing
+    return listing.settle()
 
 
 def _list_folder(root: Path, folder: str, listing: Listing, folders: list[str], links: list[str]) -> int:
@@ -226,7 +242,7 @@ def _list_folder(root: Path, folder: str, listing: Listing, folders: list[str], 
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(path)
                     continue
-                if ending(entry.name) not in IMAGES + SHARDS:
+                if ending(entry.name) not in IMAGES + ARRAYS + SHARDS:
                     listing.others[ending(entry.name)] += 1
                     continue
                 about = entry.stat()

@@ -5,6 +5,7 @@ depends only on (seed, step, group), so it is the same on any number of ranks an
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from opsin.errors import OpsinError, within
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How patches of the global crops are hidden from the student."""
+    """How patches of the global crops are hidden from the student, and which of them it predicts."""
 
     probability: float = 0.5
     """Share of a group's global crops that get a mask; exactly that many do."""
@@ -25,6 +26,9 @@ class MaskRecipe:
     """Smallest area of a block in patches."""
     min_aspect: float = 0.3
     """Aspect ratios of blocks are log-uniform in [min_aspect, 1 / min_aspect]."""
+    predicted: Literal["hidden", "all"] = "hidden"
+    """Patches whose assignment the student predicts: the hidden ones, or, for distillation (paper §5), all of both
+    global crops."""
 
     def __post_init__(self) -> None:
         within(self, "masks.", probability=(0, 1), ratio=(0, 1), min_block=(1, 1e6), min_aspect=(1e-2, 1))
@@ -64,7 +68,12 @@ def draw_masks(
 
 
 def masked_bound(recipe: MaskRecipe, crops: int, grid: tuple[int, int]) -> int:
-    """The most patches that the masks of one group can hide: buffers of this size never overflow."""
+    """The most patches of one group that the student predicts: buffers of this size never overflow.
+
+    They are all, or the most that the masks of the group can hide.
+    """
+    if recipe.predicted == "all":
+        return crops * grid[0] * grid[1]
     edges = np.linspace(*recipe.ratio, int(recipe.probability * crops) + 1)[1:]
     return int((edges * grid[0] * grid[1]).astype(np.int64).sum())
 

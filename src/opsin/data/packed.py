@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.data.crops import CropPlan, CropRecipe, Kind
+from opsin.data.crops import CropPlan, CropRecipe, Kind, finished
 from opsin.data.rng import Integers
 from opsin.machine import has_triton
 
@@ -72,13 +72,18 @@ class Packed:
     """uint8: for each kind of crop its windows and its plan, then the interleaved pixels of the images."""
     tables: Mapping[Kind, tuple[int, int]]
     """For each kind the byte at which its windows begin, and its number of crops; the plan follows the windows."""
+    plans: Mapping[Kind, CropPlan]
+    """The plans once more, for what the host must know."""
 
     def on(self, buffer: Tensor) -> "Packed":
         """The same content, of which `buffer` is a copy."""
-        return Packed(buffer, self.tables)
+        return Packed(buffer, self.tables, self.plans)
 
-    def crops(self, recipe: CropRecipe, kind: Kind, dtype: torch.dtype) -> Tensor:
-        """What `opsin.data.crops.render` gives of these images and this plan, `[n, 3, S, S]`, by Triton kernels."""
+    def crops(self, recipe: CropRecipe, kind: Kind, dtype: torch.dtype, scale: int = 1) -> Tensor:
+        """What `opsin.data.crops.render` gives of these images and this plan, `[n, 3, S, S]`, by Triton kernels.
+
+        The kernels' blur has 9 taps, too few for a larger `scale`: then what follows the colours is done by torch.
+        """
         from opsin.data import kernels  # Triton is needed here only, and comes with torch on Linux only
 
         start, count = self.tables[kind]
@@ -86,7 +91,15 @@ class Packed:
         end = middle + count * _PLAN_BYTES
         windows = self.buffer[start:middle].view(torch.int64).view(count, 4)
         plan = self.buffer[middle:end].view(torch.float32).view(count, WIDTH)
-        return kernels.crops(self.buffer, windows, plan, recipe.size(kind), recipe.mean, recipe.std, dtype)
+        mean, std = recipe.normalisation(3)
+        if scale == 1:
+            return kernels.crops(self.buffer, windows, plan, recipe.size(kind), mean, std, dtype)
+        plan = plan.clone()
+        for name in ("sigma", "solarize"):
+            plan[:, COLUMNS.index(name)] = 0
+        size = scale * recipe.size(kind)
+        x = kernels.crops(self.buffer, windows, plan, size, (0.0,) * 3, (1.0,) * 3, torch.float32)
+        return finished(x, self.plans[kind], mean, std, scale).to(dtype)
 
 
 def can_pack(images: Sequence[Tensor]) -> bool:
@@ -119,7 +132,7 @@ def pack(images: Sequence[Tensor], plans: Mapping[Kind, CropPlan], *, pinned: bo
         buffer[first : first + len(content)] = content
     for image, first, end in zip(images, starts.tolist(), ends.tolist(), strict=True):
         buffer[first:end].view(*image.shape[1:], 3).copy_(image.permute(1, 2, 0))
-    return Packed(buffer, tables)
+    return Packed(buffer, tables, plans)
 
 
 class PackedCrops:
@@ -151,7 +164,7 @@ class PackedCrops:
         """Give the device memory back once what was computed from it is done; does not wait."""
         self._upload = None
 
-    def crops(self, kind: Kind, dtype: torch.dtype) -> Tensor:
+    def crops(self, kind: Kind, dtype: torch.dtype, scale: int = 1) -> Tensor:
         """Normalised crops `[n, 3, S, S]`, computed on the current stream."""
         self.upload()
         assert self._upload is not None
@@ -159,7 +172,7 @@ class PackedCrops:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(uploaded)
         buffer.record_stream(stream)
-        return self._packed.on(buffer).crops(self._recipe, kind, dtype)
+        return self._packed.on(buffer).crops(self._recipe, kind, dtype, scale)
 
 
 @cache

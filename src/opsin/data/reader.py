@@ -50,7 +50,7 @@ class PendingImages:
 
 
 class ImageReader:
-    """Images of a source by index, each as uint8 RGB `[3, H, W]` of its own size (see `decode`).
+    """Images of a source by index, each `[C, H, W]` of its own size: uint8 RGB, or other channels (see `decode`).
 
     A file that cannot be decoded is replaced by the next readable one (index + 1, + 2, … around the end), one in a
     damaged part of a shard by the next behind that part. So what an index gives depends on the files alone: not on
@@ -62,6 +62,7 @@ class ImageReader:
         source: Source,
         *,
         workers: int,
+        channels: int = 3,
         max_bad_fraction: float = 0.01,
         log: Path | None = None,
         max_pixels: int = 200_000_000,
@@ -71,6 +72,7 @@ class ImageReader:
         Args:
             source: where the images are.
             workers: threads that decode.
+            channels: see `decode`; a file with other bands counts as bad.
             max_bad_fraction: the largest tolerated share of bad files among those tried.
             log: file to which a JSON line with index, path and reason is appended for each bad file.
             max_pixels: see `decode`.
@@ -82,7 +84,7 @@ class ImageReader:
         self._next: dict[int, int] = {}
         """The image that is tried in place of a bad one."""
         self._log = log
-        self._max_pixels = max_pixels
+        self._channels, self._max_pixels = channels, max_pixels
         self._good = bytearray(len(source))
         self._good_count = 0
         self._lock = Lock()
@@ -97,7 +99,7 @@ class ImageReader:
 
         Raises:
             OpsinError: more than `max_bad_fraction` of the files tried, and at least 10, are bad; or none of the 100
-                files from `index` on can be decoded.
+                files from `index` on can be decoded; or a package that reads them is missing.
         """
         count = len(self.source)
         if not 0 <= index < count:
@@ -108,7 +110,9 @@ class ImageReader:
                 candidate = self._next[candidate]
                 continue
             try:
-                image = decode_reduced(self.source.open(candidate), reduction, max_pixels=self._max_pixels)
+                image = decode_reduced(
+                    self.source.open(candidate), reduction, channels=self._channels, max_pixels=self._max_pixels
+                )
             except DecodeError as error:
                 behind = error.end if isinstance(error, Unreadable) else candidate + 1
                 self._count_bad(candidate, error.reason, behind % count)

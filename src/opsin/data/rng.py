@@ -25,6 +25,7 @@ class Stream(IntEnum):
     STOCHASTIC_DEPTH = 4
     WEIGHTS = 5
     WINDOW = 6
+    MIXTURE = 7
 
 
 _LOW = np.uint64(0xFFFFFFFF)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from opsin.data import listing as listings
 from opsin.data.decode import DecodeError, Header, header, shown, why
 from opsin.data.files import File, Place, Store, joined, locate
-from opsin.data.listing import IMAGES, PACKED, SHARDS, Listing, ending
+from opsin.data.listing import ARRAYS, IMAGES, PACKED, SHARDS, Listing, ending
 from opsin.data.order import Order
 from opsin.data.progress import progress as shown_progress
 from opsin.data.shards import Policy, index_shards
@@ -133,7 +133,8 @@ def scan(spec: str | Path, cache: Path | None = None, progress: bool = True, bad
         spec: what it is shows in what is there:
             - A folder of images, searched to any depth: hidden entries are skipped, links to folders followed, and a
               folder that can be reached in several ways is listed once. If every image lies in a sub-folder, the
-              first-level folder is its label: point at ImageNet's `train`.
+              first-level folder is its label: point at ImageNet's `train`. NumPy arrays (`.npy`) are images where
+              no other images are; beside others they are left alone.
             - A `.txt` list on this machine: one path per line, relative to the list's folder or absolute, without
               labels; empty lines and lines that begin with `#` are skipped, a path given twice counts twice.
             - Shards: `.tar` (see `tars`), `.parquet` or `.arrow` (see `columns`), a single one, a folder of them, or a
@@ -288,7 +289,7 @@ def _no_images(place: Place, listing: Listing) -> OpsinError:
     if listing.others:
         seen = ", ".join(f"{count} {shown(ending) or 'without an ending'}" for ending, count in _most(listing.others))
         return OpsinError(
-            f"{where} holds files but no images (seen: {seen}): give a folder with {' '.join(IMAGES)} files."
+            f"{where} holds files but no images (seen: {seen}): give a folder with {' '.join(IMAGES + ARRAYS)} files."
         )
     return OpsinError(f"{where} is empty: give a folder with images in it, or a .txt list that names some.")
 
@@ -338,7 +339,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise(source: Source, workers: int, limit: int | None = None, progress: bool = True) -> Summary:
+def summarise(
+    source: Source, workers: int, limit: int | None = None, progress: bool = True, channels: int = 3
+) -> Summary:
     """Read the headers of `source` in `workers` threads.
 
     A damaged file with a sound header is not noticed here, but when it is decoded. Of shards, which are slow to look
@@ -349,6 +352,10 @@ def summarise(source: Source, workers: int, limit: int | None = None, progress: 
         workers: threads.
         limit: read at most this many images, evenly spaced over the source.
         progress: show a bar if stderr is a terminal.
+        channels: bands that images are to have; files with others count as unreadable.
+
+    Raises:
+        OpsinError: a package that reads the files is missing, or an object store does not answer.
     """
     if limit is None and source.order.block > 1 and len(source) > PLACES * RUN:
         starts = [i * (len(source) - RUN) // (PLACES - 1) for i in range(PLACES)]
@@ -365,7 +372,7 @@ def summarise(source: Source, workers: int, limit: int | None = None, progress: 
         found: list[Header | tuple[str, str]] = []
         for index in some:
             try:
-                found.append(header(source.open(index)))
+                found.append(header(source.open(index), channels))
             except DecodeError as error:
                 found.append((source.name(index), error.reason))
         return found

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -121,6 +121,18 @@ class StreamRecipe:
     drop_path: float
     """Share of a group's samples that each branch of each block leaves out."""
 
+    def __post_init__(self) -> None:
+        crops, patch = self.crops, self.patch
+        sides = [("global_size", crops.global_size), ("local_size", crops.local_size)]
+        for name, side in sides + [("mixture: a side of", side) for entry in crops.mixture for side in entry[:2]]:
+            if side % patch:
+                nearest = max(1, side // patch) * patch
+                raise OpsinError(f"crops.{name} {side} is not a multiple of backbone.patch {patch}: try {nearest}.")
+
+    def at(self, step: int) -> "StreamRecipe":
+        """The recipe of one step: where resolutions are mixed, with the sizes of its crops."""
+        return replace(self, crops=self.crops.at(self.seed, step)) if self.crops.mixture else self
+
 
 class Share(NamedTuple):
     """The part of every step's batch that one process of a run takes: the images of `rank`, of `ranks` equal parts."""
@@ -141,11 +153,12 @@ class Masked(NamedTuple):
     mask: Tensor
     """`[2b, N]`, True where the student sees the mask token."""
     hidden: Tensor
-    """`[M]`: the hidden patches, as rows of the flattened `[2b·N]` patches; M is the most that masks can hide, the same
-    in every step, and what is over points to row 0."""
+    """`[M]`: the patches that are predicted, as rows of the flattened `[2b·N]` patches. These are the hidden ones: M is
+    the most that masks can hide, the same in every step with crops of this size, and what is over points to row 0. Or,
+    where all are predicted, every row once."""
     weight: Tensor
-    """`[M]`: 1 / (hidden patches of the crop × global crops of the whole batch), the reference's weighting; 0 for what
-    is over."""
+    """`[M]`: 1 / (predicted patches of the crop × global crops of the whole batch), the reference's weighting; 0 for
+    what is over."""
 
 
 class Batch:
@@ -160,11 +173,12 @@ class Batch:
         dtype: torch.dtype = torch.float32,
         scales: Sequence[Scale] | None = None,
         share: Share = ALONE,
+        rows: Integers | None = None,
     ) -> None:
         """Draw everything, and for a CUDA device copy images and plans into pinned memory.
 
         Args:
-            recipe: what is drawn.
+            recipe: what is drawn; `self.recipe` is what it is at this step.
             step: the training step.
             images: `[C, H, W]` in host memory, those of this share of the step. For a CUDA device best 8-bit RGB: other
                 images are cropped by plain torch operations there.
@@ -172,8 +186,13 @@ class Batch:
             dtype: of the crops.
             scales: what each image is a fraction of; None if all are whole.
             share: the part of the step's images that these are.
+            rows: where crops repeat, the row of each image in the table of them, see `Stream.rows`.
         """
-        self.recipe, self.step, self.device, self.dtype = recipe, step, device, dtype
+        self.recipe = recipe = recipe.at(step)
+        self.step, self.device, self.dtype = step, device, dtype
+        self.rows = rows
+        """For every image of this share its row in a table of images × `crops.repeat`: what is computed of an image's
+        crops can be stored there and found again. None if no crops repeat."""
         size, self.micro_size = recipe.batch.split(share.ranks)
         self.micro_batches, b = size // self.micro_size, self.micro_size
         self._first = share.rank * size
@@ -193,23 +212,30 @@ class Batch:
     def _draw_crops(self, first: int, sizes: Integers) -> dict[Kind, CropPlan]:
         """Of the images from `first` on, whose height, width and reduction are `sizes` `[b, 3]`."""
         crops, seed = self.recipe.crops, self.recipe.seed
-        positions = self.step * self.recipe.batch.size + self._first + first + np.arange(len(sizes))
-        return {kind: draw_crops(crops, kind, seed, positions, sizes[:, :2], sizes[:, 2]) for kind in KINDS}
+        keys = self.step * self.recipe.batch.size + self._first + first + np.arange(len(sizes))
+        if self.rows is not None:
+            keys = self.rows[first : first + len(sizes)]
+        return {kind: draw_crops(crops, kind, seed, keys, sizes[:, :2], sizes[:, 2]) for kind in KINDS}
 
-    def crops(self, kind: Kind, micro: int) -> Tensor:
-        """Crops of a micro-batch `[count·b, C, S, S]`, crop by crop: row c·b + i is crop c of image i."""
-        if kind in self._kept_crops:
+    def crops(self, kind: Kind, micro: int, scale: int = 1) -> Tensor:
+        """Crops of a micro-batch `[count·b, C, S, S]`, crop by crop: row c·b + i is crop c of image i.
+
+        At a larger `scale` they are the same crops at so many times the resolution. A photo was decoded at a fraction
+        of its size that suits scale 1: at scale 2 its windows are at least twice as large as the crops, which then
+        differ from those of the whole photo as `crops._ROOM` says.
+        """
+        if scale == 1 and kind in self._kept_crops:
             return self._kept_crops[kind]
         if self._packed:
             self.upload(micro)
-            crops = self._packed[micro].crops(kind, self.dtype)
+            crops = self._packed[micro].crops(kind, self.dtype, scale)
         else:
             images = [image.to(self.device, non_blocking=True) for image in self._images[micro]]
-            crops = render(self.recipe.crops, kind, images, self._plans[micro][kind], self.dtype)
-        if self.micro_batches == 1:  # the student sees what the teacher saw: render once
+            crops = render(self.recipe.crops, kind, images, self._plans[micro][kind], self.dtype, scale)
+        if scale == 1 and self.micro_batches == 1:  # the student sees what the teacher saw: render once
             self._kept_crops[kind] = crops
-            if len(self._kept_crops) == 2:  # nothing is left to render
-                self._images, self._packed = [], []
+            if len(self._kept_crops) == 2 and self._packed:  # another scale may be wanted, but seldom is
+                self._packed[0].drop()
         return crops
 
     def upload(self, micro: int) -> None:
@@ -243,7 +269,8 @@ class Batch:
         groups = len(drawn)
         # [groups, 2·size, N] to crop by crop: the first global crops of all groups, then the second.
         mask = drawn.reshape(groups, 2, size, -1).transpose(1, 0, 2, 3).reshape(2 * groups * size, -1)
-        found, count = np.flatnonzero(mask), np.maximum(mask.sum(1), 1)
+        chosen = mask if recipe.masks.predicted == "hidden" else np.ones_like(mask)
+        found, count = np.flatnonzero(chosen), np.maximum(chosen.sum(1), 1)
         bound = groups * masked_bound(recipe.masks, 2 * size, (side, side))
         hidden, weight = np.zeros(bound, dtype=np.int64), np.zeros(bound)
         hidden[: len(found)] = found
@@ -287,7 +314,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         share: Share = ALONE,
     ) -> None:
-        """Check that the crops fit the patch.
+        """Nothing is read yet.
 
         Args:
             recipe: what the batches contain.
@@ -298,11 +325,6 @@ class Stream:
             dtype: of the crops.
             share: the part of every step that this process takes.
         """
-        side, patch = recipe.crops.global_size, recipe.patch
-        for name, size in (("global_size", side), ("local_size", recipe.crops.local_size)):
-            if size % patch:
-                nearest = max(1, size // patch) * patch
-                raise OpsinError(f"crops.{name} {size} is not a multiple of backbone.patch {patch}: try {nearest}.")
         self.recipe, self.data, self.reader, self.order = recipe, data, reader, order
         self.device, self.dtype, self.share = device, dtype, share
 
@@ -314,6 +336,15 @@ class Stream:
     def indices(self, step: int) -> Integers:
         """The images of this share of a step, as indices into the source."""
         return self.order.indices(self.recipe.seed, self._positions(step))
+
+    def rows(self, step: int) -> Integers | None:
+        """Where crops repeat after n epochs, the rows of this share's images in a table of images × n; else None.
+
+        Row index · n + (epoch mod n) stands for the crops of an image, which then do not depend on the step.
+        """
+        repeat = self.recipe.crops.repeat
+        epochs = self._positions(step) // self.order.samples
+        return self.indices(step) * repeat + epochs % repeat if repeat else None
 
     def batches(self, first: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps `first` to `stop - 1`, decoded ahead.
@@ -345,12 +376,13 @@ class Stream:
         return batch
 
     def _reductions(self, step: int) -> list[Reduction]:
-        seed = self.recipe.seed
-        return [partial(reduction, self.recipe.crops, seed, position) for position in self._positions(step).tolist()]
+        recipe, rows = self.recipe.at(step), self.rows(step)
+        keys = self._positions(step) if rows is None else rows
+        return [partial(reduction, recipe.crops, recipe.seed, key) for key in keys.tolist()]
 
     def _batch(self, step: int, images: PendingImages) -> Batch:
         decoded, scales = zip(*images.scaled(), strict=True)
-        batch = Batch(self.recipe, step, decoded, self.device, self.dtype, scales, self.share)
+        batch = Batch(self.recipe, step, decoded, self.device, self.dtype, scales, self.share, self.rows(step))
         if self.device.type == "cpu" and batch.micro_batches == 1:
             batch.crops("global", 0)
             if self.recipe.crops.local_count:

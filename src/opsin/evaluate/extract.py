@@ -79,7 +79,8 @@ def write_features(
     try:
         log = out.with_name(out.name + ".unreadable.jsonl")
         _begin(parts, settings, log)
-        with ImageReader(source, workers=1, max_bad_fraction=1, log=log) as reader:
+        channels = extractor.backbone.arch.channels
+        with ImageReader(source, workers=1, channels=channels, max_bad_fraction=1, log=log) as reader:
             _write_missing(extractor, reader, parts, patches, size, batch_size, workers, advance)
         rows = _join(parts, out)
         if log.exists():  # an interrupted part met its bad files twice

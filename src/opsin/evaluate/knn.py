@@ -44,8 +44,9 @@ def extract(
     autocast, where the reference has fp16: the same speed without its overflow.
 
     Args:
-        backbone: takes 3 channels.
-        read: index 0…count-1 → image, uint8 `[3, H, W]`; called from `workers` threads, while the backbone computes.
+        backbone: of C channels.
+        read: index 0…count-1 → image `[C, H, W]`, see `evaluation_transform`; called from `workers` threads, while the
+            backbone computes.
         count: number of images.
         size: side of the crop in pixels, a multiple of the patch.
         batch_size: images per forward.
@@ -244,7 +245,7 @@ def _features(
     """
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     with (
-        ImageReader(source, workers=1, max_bad_fraction=1) as reader,
+        ImageReader(source, workers=1, channels=backbone.arch.channels, max_bad_fraction=1) as reader,
         Progress(*columns, console=Console(stderr=True)) as bar,
     ):
         task = bar.add_task("features", total=len(source))

@@ -193,7 +193,7 @@ class _Shapes(Batch):
     def _draw_crops(self, first: int, sizes: Any) -> dict[Kind, CropPlan]:  # noqa: ARG002
         return {}
 
-    def crops(self, kind: Kind, micro: int) -> Tensor:  # noqa: ARG002
+    def crops(self, kind: Kind, micro: int, scale: int = 1) -> Tensor:  # noqa: ARG002
         """Crops without pixels; those of a single micro-batch are kept, as by `Batch`."""
         recipe = self.recipe.crops
         if kind not in self._kept_crops:
@@ -330,7 +330,7 @@ def _rows(recipe: Recipe, batch: Batch) -> tuple[int, list[int]]:
 
 def _state(step: Step) -> tuple[int, int, int]:
     """Bytes of weights with their copies, gradients, and moments, each storage once."""
-    networks = (step.student, step.teacher, step.objective.student, step.objective.teacher)
+    networks = (step.student, step.average, step.objective.student, step.objective.teacher)
     weights = [p for network in networks for p in network.parameters()]
     gradients = [p.grad for p in step.student.parameters() if p.grad is not None]
     sizes = []

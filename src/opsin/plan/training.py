@@ -66,6 +66,7 @@ def plan(recipe: Recipe, gpu: str, cluster: Cluster) -> Plan:
         OpsinError: an unknown GPU, or a batch that so many GPUs cannot share.
     """
     device = find(gpu, recipe.precision)
+    mixed, recipe = bool(recipe.crops.mixture), _largest(recipe)
     if device.kind == "cpu" and cluster.gpus > 1:
         raise OpsinError(f"--gpus is {cluster.gpus} for a processor: plan one process, with --gpus 1.")
     _check_batch(recipe, cluster.gpus)
@@ -101,8 +102,17 @@ def plan(recipe: Recipe, gpu: str, cluster: Cluster) -> Plan:
         gpu_hours=gpu_hours,
         kilowatt_hours=energy,
         co2_kilograms=co2,
-        assumptions=_assumptions(recipe, device, cluster, spread, watts),
+        assumptions=_assumptions(recipe, device, cluster, spread, watts, mixed=mixed),
     )
+
+
+def _largest(recipe: Recipe) -> Recipe:
+    """The recipe at the largest of its mixed resolutions, with an anchor that needs no file to be counted."""
+    crops, mixture = recipe.crops, recipe.crops.mixture
+    if mixture:
+        whole, local = max(entry[0] for entry in mixture), max(entry[1] for entry in mixture)
+        crops = replace(crops, global_size=whole, local_size=local, mixture=())
+    return replace(recipe, crops=crops, gram=replace(recipe.gram, anchor="start"))
 
 
 def _check_batch(recipe: Recipe, gpus: int) -> None:
@@ -202,7 +212,9 @@ def _changes(asked: Recipe, device: Device, cluster: Cluster, spread: Spread) ->
     return found
 
 
-def _assumptions(recipe: Recipe, device: Device, cluster: Cluster, spread: Spread, watts: float | None) -> list[str]:
+def _assumptions(
+    recipe: Recipe, device: Device, cluster: Cluster, spread: Spread, watts: float | None, *, mixed: bool
+) -> list[str]:
     """Everything that the numbers rest on, in sentences."""
     memory = "checked against resident memory on a processor" if device.kind == "cpu" else "never measured on a GPU"
     lines = [
@@ -214,6 +226,12 @@ def _assumptions(recipe: Recipe, device: Device, cluster: Cluster, spread: Sprea
         f"speed, fast end: {PRODUCTS.fast:.0%} and {PASSES.fast:g} visits, the kernels' count; not measured on a GPU",
         f"images arrive in time and have {IMAGE_BYTES / 1e6:.2f} MB decoded; checkpoints and start-up cost nothing",
     ]
+    if mixed:
+        lines.append("of mixed resolutions, the largest in every step: time is over-estimated")
+    if recipe.gram.weight:
+        lines.append("the anchor's forward takes memory, and its time is not counted")
+    if recipe.train == "heads":
+        lines.append("heads alone are trained: the backbone's backward and its moments are counted and not needed")
     if cluster.gpus > 1:
         lines.append(
             f"{spread}; {cluster.node} to a machine, {device.link / 1e9:g} GB/s to each other and "

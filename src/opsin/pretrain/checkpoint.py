@@ -1,7 +1,7 @@
 """Checkpoints: all tensors of a run, written together by all its processes, whole or not at all.
 
-    OUT/checkpoints/step-00001000/.metadata, *.distcp   student, teacher, moments, centres, loss scale
-    OUT/checkpoints/step-00001000/backbone.safetensors  the teacher's backbone, for `opsin.load`
+    OUT/checkpoints/step-00001000/.metadata, *.distcp   student, its average, moments, centres, loss scale
+    OUT/checkpoints/step-00001000/backbone.safetensors  the average's backbone, for `opsin.load`
     OUT/checkpoints/step-00001000/meta.json             step and what the run was made of
 
 The training waits only while its tensors are copied to host memory; a thread writes the copies. They go into a hidden
@@ -42,7 +42,7 @@ from opsin.backbone import weights
 from opsin.backbone.vit import Architecture
 from opsin.errors import OpsinError
 
-BACKBONE = "teacher.backbone."
+BACKBONE = "average.backbone."
 """How the names of the tensors of `backbone.safetensors` begin in a run."""
 PATIENCE = timedelta(hours=2)
 """How long one process waits for the others to write their parts."""
@@ -86,7 +86,7 @@ class Checkpoints:
 
     Args:
         out: folder of the run, on a disk that all processes see.
-        tensors: by name; the same ones for the whole run, those of the teacher's backbone as `teacher.backbone.…`.
+        tensors: by name; the same ones for the whole run, those of the average's backbone as `average.backbone.…`.
         arch: of that backbone.
         keep: the latest checkpoints that stay.
     """
@@ -158,7 +158,7 @@ class Checkpoints:
             reader = FileSystemReader(path)
             stored = reader.read_metadata()
             _check_same(path, stored, self.tensors)
-            _read(reader, stored, self.tensors)
+            read_into(reader, stored, self.tensors)
         return meta
 
     def self_test(self) -> str:
@@ -179,7 +179,7 @@ class Checkpoints:
         try:
             with self._agreed(said):
                 reader = FileSystemReader(path)
-                _read(reader, reader.read_metadata(), self.tensors)
+                read_into(reader, reader.read_metadata(), self.tensors)
                 _check_bits(self._planner.copies, lambda name: _local(self.tensors[name]))
                 size = sum(file.stat().st_size for file in path.iterdir())
         finally:
@@ -286,7 +286,7 @@ class Checkpoints:
         if stored.storage_data != places or stored.state_dict_metadata != self._metadata.state_dict_metadata:
             raise ValueError("its .metadata reads back otherwise than it was written")
         # From the parts that all have written, so that no process needs to gather the weights from the others.
-        _read(reader, stored, {BACKBONE + name: tensor for name, tensor in self._backbone.state_dict().items()})
+        read_into(reader, stored, {BACKBONE + name: tensor for name, tensor in self._backbone.state_dict().items()})
         file = path / "backbone.safetensors"
         weights.save(self._backbone, file, {"step": str(meta["step"])})
         _sync(file)
@@ -380,7 +380,7 @@ class _Comparison(DefaultLoadPlanner):
         _check_bits({read_item.dest_index.fqn: self.copies[read_item.dest_index.fqn]}, lambda _: tensor)
 
 
-def _read(reader: FileSystemReader, stored: Metadata, tensors: Mapping[str, Tensor]) -> None:
+def read_into(reader: FileSystemReader, stored: Metadata, tensors: Mapping[str, Tensor]) -> None:
     """Copy into `tensors` what they are to hold, of what processes of any number have written."""
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), stored, ranks.first())

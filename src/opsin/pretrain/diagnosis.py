@@ -11,6 +11,7 @@
                       features are the same; or these stay the same for 50 steps and the student cannot even follow
     collapse          all features stay the same for 50 steps, and the student agrees; or the teacher gives every
                       image the same prototype for 50 steps
+    worse-than-start  the kNN of the probe set has fallen below that of the weights it began with, see `guard`
     data-starved      a GPU waits for images in more than a fifth of the time, over 50 steps
 
 A condition is seen at records only, so what takes n steps is named within n + 2 · log_every steps. "The same" counts
@@ -149,9 +150,10 @@ class Doctor:
         views = 2 + recipe.crops.local_count
         dino, ibot = recipe.heads.dino_prototypes, recipe.heads.ibot_prototypes
         ibot = dino if recipe.heads.tied else ibot
+        predicted = 1.0 if recipe.masks.predicted == "all" else recipe.masks.probability
         self._ignorant = {
             "dino": IGNORANT * math.log(max(dino, 2)) * recipe.loss.dino * pairs(views),
-            "ibot": IGNORANT * math.log(max(ibot, 2)) * recipe.loss.ibot * recipe.masks.probability,
+            "ibot": IGNORANT * math.log(max(ibot, 2)) * recipe.loss.ibot * predicted,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -204,10 +206,11 @@ class Doctor:
         same = awake and spread < SAME
         one = awake and record.get("teacher.prototypes", math.nan) < ONE_PROTOTYPE
         follows = record.get("student.divergence", math.nan) < FOLLOWS
-        worse = [name for name, limit in self._ignorant.items() if limit and record[f"loss.{name}"] > limit]
+        limits = {name: limit for name, limit in self._ignorant.items() if f"loss.{name}" in record}
+        worse = [name for name, limit in limits.items() if limit and record[f"loss.{name}"] > limit]
         # In fp16, gradients overflow in healthy runs too: so the scale of the loss is found.
         overflow = bool(skipped.first) and self.recipe.precision != "fp16"
-        burst = overflow and (same or bool(worse)) and all(math.isfinite(record[f"loss.{n}"]) for n in self._ignorant)
+        burst = overflow and (same or bool(worse)) and all(math.isfinite(record[f"loss.{n}"]) for n in limits)
 
         lost = self._holds("diverged", bool(worse) or burst or (same and not follows), step)
         collapsed = self._holds("collapse", (same or one) and follows and not worse, step)
@@ -338,7 +341,7 @@ class Doctor:
         return [Finding("data-starved", step, sentence, "warn")]
 
 
-PARTS = ("backbone", "dino_head", "ibot_head")
+PARTS = ("backbone", "dino_head", "ibot_head", "projection")
 """Of the network, whose gradients have norms."""
 
 

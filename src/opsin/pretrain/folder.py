@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torchvision
 import opsin
 from opsin import ranks
 from opsin.data.decode import DECODER
-from opsin.data.sources import Source, Summary
+from opsin.data.sources import Source
 from opsin.errors import OpsinError
 from opsin.machine import commit
 from opsin.pretrain import checkpoint
 from opsin.pretrain.parallel import Spread
 from opsin.pretrain.recipe import Recipe, read, to_yaml
 
+RECIPE = "recipe.yaml"
 FREE_TO_CHANGE = (
     "data.workers", "data.ahead", "batch.micro", "parallel", "checkpoint", "monitor", "log_every", "max_skipped",
     "graphs",
@@ -60,10 +61,10 @@ def only_run(out: Path) -> Iterator[None]:
 def describe(
     recipe: Recipe,
     source: Source,
-    summary: Summary,
     out: Path,
     device: torch.device,
     spread: Spread,
+    begin: Mapping[str, Any],
     *,
     resumed: bool,
     accept_changes: bool,
@@ -87,27 +88,52 @@ def describe(
         "seed": recipe.seed,
         "git": commit(),
         "data": {"root": str(source.root), "images": len(source), "fingerprint": source.fingerprint},
+        "begin": begin,
     }
-    recipe_path, facts_path = out / "recipe.yaml", out / "run.json"
+    recipe_path, facts_path = out / RECIPE, out / "run.json"
     if resumed and not accept_changes:
-        before = _facts(facts_path)
-        changed = _differences(asdict(read(recipe_path)), asdict(recipe))
-        if before["data"]["fingerprint"] != source.fingerprint:
-            changed.append(f"the images ({before['data']['images']} then, {len(source)} now)")
-        if before["decoder"] != DECODER:
-            changed.append(f"the image decoder ({before['decoder']} then, {DECODER} now)")
-        if changed:
-            raise OpsinError(
-                f"{out} holds a run that differs in {'; '.join(changed)}: give the settings it began with, another "
-                "--out, or --accept-changes."
-            )
+        then = _facts(facts_path)
+        changed = []
+        if then["data"]["fingerprint"] != source.fingerprint:
+            changed.append(f"the images ({then['data']['images']} then, {len(source)} now)")
+        if then["decoder"] != DECODER:
+            changed.append(f"the image decoder ({then['decoder']} then, {DECODER} now)")
+        check_same(recipe, out, changed)
     share, micro = recipe.batch.split(ranks.count())
     sentence = (
         f"{recipe.steps} steps of {recipe.batch.size} images ({ranks.count()} × {share // micro} × {micro}) on "
         f"{facts['device']} in {recipe.precision}, {spread}: "
         f"{recipe.steps * recipe.batch.size / len(source):.1f} epochs; run in {out}"
     )
-    return f"{summary}\n{sentence}", {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
+    return sentence, {recipe_path.name: to_yaml(recipe), facts_path.name: json.dumps(facts, indent=1)}
+
+
+def origin_of(out: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Folder of the run that the one in `out` went on from, if it is a later phase, and what began anew in it.
+
+    Raises:
+        OpsinError: the run in `out` has a teacher of its own.
+    """
+    begin = _facts(out / "run.json")["begin"]
+    if begin["method"] != "self":
+        raise OpsinError(f"{out} holds a distilled student: only steps of opsin pretrain can be run again.")
+    return None if begin["before"] is None else out / begin["before"], tuple(begin["fresh"])
+
+
+def check_same(recipe: Recipe, out: Path, changed: Sequence[str] = ()) -> None:
+    """Refuse to go on with the run in `out` with a recipe that is not the one it began with.
+
+    Args:
+        recipe: that is given now.
+        out: folder of the run.
+        changed: what else differs.
+    """
+    found = [*_differences(asdict(read(out / RECIPE)), asdict(recipe)), *changed]
+    if found:
+        raise OpsinError(
+            f"{out} holds a run that differs in {'; '.join(found)}: give the settings it began with, another --out, or "
+            "--accept-changes."
+        )
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -115,6 +141,7 @@ def _facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
         facts["decoder"], facts["data"]["fingerprint"], facts["data"]["images"]
+        facts["begin"]["method"], facts["begin"]["before"], facts["begin"]["fresh"]
     except (OSError, ValueError, KeyError, TypeError):
         raise OpsinError(
             f"{path} is missing or damaged, so nothing says what the run beside it was made with: give "

@@ -1,22 +1,28 @@
-"""Pretraining: the whole story of a run, top to bottom.
+"""Training: the whole story of a run, top to bottom.
 
-    images → batches of crops → teacher's targets → student's losses → clipped gradients → AdamW → teacher's average
+    images → batches of crops → teacher's targets → student's losses → clipped gradients → AdamW → student's average
 
 Everything that a step sees is a function of (seed, step), so the state of a run is: both networks, the moments, the
 step. The same command goes on where a stopped or killed run left off, bit for bit on a CPU; on any number of processes,
 each of which takes its share of every batch.
+
+Several students can be trained on the same batches, by a teacher that looks at them once; each has a run of its own.
 """
 
 import contextlib
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from opsin import ranks
+from opsin.backbone import weights
 from opsin.data.masks import draw_masks
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, Summary, scan, summarise
@@ -24,14 +30,34 @@ from opsin.data.stream import Share, Stream
 from opsin.errors import OpsinError
 from opsin.machine import check_precision, pick_device
 from opsin.pretrain import checkpoint, parallel
+from opsin.pretrain.anchor import whole
 from opsin.pretrain.checkpoint import Checkpoints
 from opsin.pretrain.folder import copy, describe, disk_errors, make_folder, only_run, write
+from opsin.pretrain.guard import BEST
+from opsin.pretrain.heads import save_heads
 from opsin.pretrain.monitor import Terminal
 from opsin.pretrain.recipe import Recipe
-from opsin.pretrain.schedules import scheduled
-from opsin.pretrain.step import Step
+from opsin.pretrain.schedules import Scheduled, scheduled
+from opsin.pretrain.start import Start, Stored
+from opsin.pretrain.step import SELF, Method, Outcome, Step, train
 from opsin.pretrain.stop import lost_processes, stop_signal
 from opsin.pretrain.watch import Watch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A student to train, and what it begins with and learns from."""
+
+    recipe: Recipe
+    """All settings; has no phases."""
+    out: Path
+    """Folder of its run; if it holds one already, that run goes on. All processes must see it."""
+    method: Method = SELF
+    """What it learns from."""
+    before: Path | None = None
+    """Folder of the run whose networks it goes on with, if it is a later phase."""
+    fresh: tuple[str, ...] = ()
+    """What of these begins anew, see `Phase`."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +73,12 @@ class Finished:
 
     @property
     def backbone(self) -> Path:
-        """The teacher's backbone, for `opsin.load`."""
-        return self.out / "backbone.safetensors"
+        """The average's backbone, for `opsin.load`."""
+        return self.out / BACKBONE
+
+
+BACKBONE, HEADS = "backbone.safetensors", "heads.safetensors"
+"""What a finished run leaves for others."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +86,34 @@ class Beginning:
     """What the first process finds before anything runs."""
 
     first: int
-    """Finished steps of the run in the folder; 0 if there is none."""
-    recipe: Recipe
-    """Of the first process, which must be that of all."""
-    spread: parallel.Spread
-    """Of the model over the processes."""
+    """Finished steps of the runs in the folders; 0 if there are none."""
+    recipes: list[Recipe]
+    """Of the first process, which must be those of all."""
+    spreads: list[parallel.Spread]
+    """Of each network over the processes."""
     fingerprint: str
     """Of the images."""
     said: str
     """What will run on what."""
-    files: dict[str, str]
-    """Names and contents of what is written when the run begins."""
+    files: list[dict[str, str]]
+    """For each run names and contents of what is written when it begins."""
 
 
-def pretrain(
-    recipe: Recipe,
+def run(
+    jobs: Sequence[Job],
     data: str | Path,
-    out: str | Path,
+    root: Path,
     *,
     device: str | None = None,
     accept_changes: bool = False,
     quiet: bool = False,
-) -> Finished:
-    """Train a backbone on the images of `data` and leave everything about the run in `out`.
+) -> list[Finished]:
+    """Train students on the images of `data`, all on the same batches, and leave everything about each in its folder.
 
     Args:
-        recipe: all settings; `opsin.pretrain.recipe.preset(name)` gives the named ones.
+        jobs: one, or several that agree on all that decides steps and batches, see `shared`.
         data: see `scan`: a folder of any depth, a list, shards, here or in a bucket.
-        out: folder of the run; if it holds one already, that run goes on. All processes must see it.
+        root: folder of what the runs share: the listing of the images, and which were unreadable.
         device: "cuda", "mps" or "cpu"; by default the first of these that is there.
         accept_changes: go on although recipe, data or image decoder differ from those the run began with.
         quiet: no progress on stderr.
@@ -91,68 +121,67 @@ def pretrain(
     Raises:
         OpsinError: for anything the user can mend: bad settings, unreadable data, a full disk, NaN gradients.
     """
-    out, on = Path(out), pick_device(device)
+    recipe, on = jobs[0].recipe, pick_device(device)
     check_precision(recipe.precision, on)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ranks.started(on, recipe.parallel.timeout))
-        stack.enter_context(disk_errors(out))
-        stack.enter_context(lost_processes(out))
+        stack.enter_context(disk_errors(jobs[0].out))
+        stack.enter_context(lost_processes(jobs[0].out))
         share, quiet = Share(ranks.rank(), ranks.count()), quiet or not ranks.first()
 
         def begin() -> Beginning:
-            make_folder(out)
+            for folder in dict.fromkeys([root, *(job.out for job in jobs)]):
+                make_folder(folder)
             _check_masks(recipe)
-            spread = _spread(recipe, on)
-            source = scan(data, out / "cache", not quiet, recipe.data.bad_shards)
-            stack.enter_context(only_run(out))
-            done = checkpoint.steps(out)
-            first = done[-1] if done else 0
+            spreads = [_spread(job.recipe, on) for job in jobs]
+            source = scan(data, root / "cache", not quiet, recipe.data.bad_shards)
+            for job in jobs:
+                stack.enter_context(only_run(job.out))
+            first = _finished_steps(jobs)
             if first > recipe.steps:
-                raise OpsinError(f"{out} holds a run of {first} steps already: give --steps {first} or more.")
-            summary = summarise(source, workers=recipe.data.threads(), progress=not quiet)
+                raise OpsinError(f"{root} holds a run of {first} steps already: give --steps {first} or more.")
+            channels = recipe.backbone.channels
+            summary = summarise(source, workers=recipe.data.threads(), progress=not quiet, channels=channels)
             _check_sizes(recipe, source, summary)
-            settings = {"resumed": bool(done), "accept_changes": accept_changes}
-            said, files = describe(recipe, source, summary, out, on, spread, **settings)
-            return Beginning(first, recipe, spread, source.fingerprint, said, files)
+            settings = {"resumed": first > 0, "accept_changes": accept_changes}
+            told, files = [str(summary)], []
+            for job, spread in zip(jobs, spreads, strict=True):
+                sentence, texts = describe(job.recipe, source, job.out, on, spread, origin(job), **settings)
+                told.append(sentence)
+                files.append(texts)
+            recipes = [job.recipe for job in jobs]
+            return Beginning(first, recipes, spreads, source.fingerprint, "\n".join(told), files)
 
         beginning = ranks.by_first(begin)
         first = beginning.first
-        source = scan(data, out / "cache", False, recipe.data.bad_shards)
+        source = scan(data, root / "cache", False, recipe.data.bad_shards)
         if source.fingerprint != beginning.fingerprint:
             raise OpsinError(f"{data} holds other images here than for the first process: give one that all can see.")
-        if recipe != beginning.recipe:
+        if [job.recipe for job in jobs] != beginning.recipes:
             raise OpsinError("the settings of this process are not those of the first: give all of them the same.")
         terminal = Terminal(recipe.steps, first, quiet=quiet)
         stack.callback(terminal.close)
         terminal.say(beginning.said)
 
-        train = Step(recipe, on, beginning.spread)
-        watch = stack.enter_context(Watch(recipe, out, on, terminal.say))
-        state = train.state() | watch.state()
-        checkpoints = stack.enter_context(Checkpoints(out, state, recipe.backbone, recipe.checkpoint.keep))
-        if first:
-            checkpoints.load(first)
-            terminal.say(f"going on from the checkpoint of step {first}")
-        terminal.say(checkpoints.self_test())
-        train.loaded()  # all processes have read what one of them wrote: they begin with the same bits
-
+        runs = [
+            stack.enter_context(_Run(job, on, spread, first, terminal))
+            for job, spread in zip(jobs, beginning.spreads, strict=True)
+        ]
         reader = stack.enter_context(
             ImageReader(
                 source,
                 workers=recipe.data.threads(),
+                channels=recipe.backbone.channels,
                 max_bad_fraction=recipe.data.max_bad_fraction,
-                log=out / "unreadable.jsonl",
+                log=root / "unreadable.jsonl",
             )
         )
-        stream = Stream(recipe.stream(), recipe.data, reader, source.order, on, train.dtype, share)
-        if ranks.first():
-            for name, text in beginning.files.items():  # only now: the checkpoint fits, a refused run stays as it was
-                write(out / name, text)
-        watch.begin(first, source, reader, train.objective.teacher.backbone)
+        stream = Stream(recipe.stream(), recipe.data, reader, source.order, on, runs[0].step.dtype, share)
+        for each, files in zip(runs, beginning.files, strict=True):
+            each.begin(source, reader, files)
         stop = stack.enter_context(stop_signal())
 
-        meta = {"recipe": asdict(recipe)}
-        saved, step, ended_by = first, first, stop.agreed(checkpoints.failed)
+        saved, step, ended_by = first, first, stop.agreed(any(each.failed for each in runs))
         clock = time.perf_counter()
         waited, logged = 0.0, first
         batches = stack.enter_context(contextlib.closing(stream.batches(first, recipe.steps)))
@@ -161,35 +190,135 @@ def pretrain(
             batch = next(batches)
             waited += time.perf_counter() - began
 
-            values = watch.treated(scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size))
-            outcome = train(batch, values)
-            watch.note(step, outcome)
+            values = [each.values(step) for each in runs]
+            outcomes = train([each.step for each in runs], batch, values)
+            for each, outcome in zip(runs, outcomes, strict=True):
+                each.watch.note(step, outcome)
             step += 1
 
-            if watch.due(step):
+            if runs[0].watch.due(step):
                 elapsed = time.perf_counter() - clock
                 timings = {
                     "images_per_second": (step - logged) * recipe.batch.size / elapsed,
                     "step_seconds": elapsed / (step - logged),
                     "data_seconds": waited / (step - logged),
                 }
-                terminal.show(watch.record(step, outcome, values, timings, train.objective.teacher.backbone))
+                seen = zip(runs, outcomes, values, strict=True)
+                terminal.show({each.name: each.record(step, outcome, value, timings) for each, outcome, value in seen})
                 waited, logged, clock = 0.0, step, time.perf_counter()
             if step % recipe.checkpoint.every == 0:
-                checkpoints.save(step, meta)
+                for each in runs:
+                    each.save(step)
                 saved = step
-            ended_by = stop.agreed(checkpoints.failed)
+            ended_by = stop.agreed(any(each.failed for each in runs))
 
-        if saved != step:
-            checkpoints.save(step, meta)
-        checkpoints.wait()
-        finished = Finished(out, step, None if step == recipe.steps else ended_by)
+        for each in runs:
+            if saved != step:
+                each.save(step)
+        for each in runs:
+            each.checkpoints.wait()
         if step == recipe.steps:
-            if ranks.first():
-                copy(checkpoint.folder(out) / f"step-{step:08d}" / finished.backbone.name, finished.backbone)
+            for each in runs:
+                each.leave(step)
         else:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
-        return finished
+        return [Finished(job.out, step, None if step == recipe.steps else ended_by) for job in jobs]
+
+
+class _Run:
+    """One student's part of `run`: its step, its watch and its checkpoints. As a context, it closes them."""
+
+    def __init__(self, job: Job, device: torch.device, spread: parallel.Spread, first: int, terminal: Terminal) -> None:
+        self.job, self.name, self.recipe, self.first = job, job.out.name, job.recipe, first
+        start = Start(job.recipe, job.before, job.fresh)
+        self.step = Step(job.recipe, device, spread, None if first else start.networks, job.method)
+        self._open = contextlib.ExitStack()
+        self.watch = self._open.enter_context(Watch(job.recipe, job.out, device, terminal.say))
+        own = self.step.state()
+        state = own | self.watch.state()
+        self.checkpoints = self._open.enter_context(
+            Checkpoints(job.out, state, job.recipe.backbone, job.recipe.checkpoint.keep)
+        )
+        if first:
+            self.checkpoints.load(first)
+            start.said.append(f"going on from the checkpoint of step {first}")
+        else:
+            start.rest(own)
+        for sentence in start.said:
+            terminal.say(sentence)
+        terminal.say(self.checkpoints.self_test())
+        self.step.loaded()  # all processes have read what one of them wrote: they begin with the same bits
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def begin(self, source: Source, reader: ImageReader, files: dict[str, str]) -> None:
+        """Write what says what the run is, and look at the data."""
+        if ranks.first():
+            for name, text in files.items():  # only now: the checkpoint fits, a refused run stays as it was
+                write(self.job.out / name, text)
+        begun = self.job.before is not None or bool(self.recipe.weights)
+        self.watch.begin(self.first, source, reader, self.step.working.backbone, begun=begun)
+        self._keep_best(self.first)
+
+    def values(self, step: int) -> Any:
+        """The scheduled values of a step, as the doctor lets them be."""
+        recipe = self.recipe
+        return self.watch.treated(scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size))
+
+    def record(self, step: int, outcome: Outcome, values: Scheduled, timings: dict[str, float]) -> dict[str, Any]:
+        """Measure and write what there is to say after `step` steps."""
+        record = self.watch.record(step, outcome, values, timings, self.step.working.backbone)
+        self._keep_best(step)
+        return record
+
+    def _keep_best(self, step: int) -> None:
+        """In a run that began with weights, keep those of the best kNN so far."""
+        if not self.watch.best:
+            return
+        self.watch.best = False
+        state = {name: whole(tensor) for name, tensor in self.step.average.backbone.state_dict().items()}
+        if ranks.first():
+            backbone = weights.empty(self.recipe.backbone)
+            backbone.load_state_dict(state, assign=True)
+            weights.save(backbone, self.job.out / BEST, {"step": str(step)})
+
+    @property
+    def failed(self) -> bool:
+        """Whether something in the background has failed in this process."""
+        return self.checkpoints.failed
+
+    def save(self, step: int) -> None:
+        """Begin to write a checkpoint."""
+        self.checkpoints.save(step, {"recipe": asdict(self.recipe)})
+
+    def leave(self, step: int) -> None:
+        """Put what others can use beside the finished run: the backbone, and the heads if it has prototypes."""
+        out = self.job.out
+        if not ranks.first():
+            return
+        copy(checkpoint.folder(out) / f"step-{step:08d}" / BACKBONE, out / BACKBONE)
+        names = [name for name in Stored(out).forms if name.startswith("average.") and "_head." in name]
+        if names:
+            stored, heads = Stored(out), {}
+            for name in names:
+                heads[name.removeprefix("average.")] = stored.tensor(name)
+            save_heads(out / HEADS, heads, self.recipe.heads, self.recipe.backbone.width)
+
+
+def origin(job: Job) -> dict[str, Any]:
+    """What run.json says of how a run began."""
+    before = None if job.before is None else os.path.relpath(job.before, job.out)
+    return {"method": job.method.name, "before": before, "fresh": list(job.fresh)}
+
+
+def _finished_steps(jobs: Sequence[Job]) -> int:
+    """The last step that all of the runs have a checkpoint of; 0 if there is none."""
+    common = set.intersection(*(set(checkpoint.steps(job.out)) for job in jobs))
+    return max(common, default=0)
 
 
 def _spread(recipe: Recipe, device: torch.device) -> parallel.Spread:

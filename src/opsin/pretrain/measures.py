@@ -36,6 +36,8 @@ CHUNK_SCORES = 2**24
 def describe(outcome: Outcome, loss: LossRecipe, views: int) -> dict[str, float]:
     """The numbers of a record that come from a step: loss, loss.*, grad_norm.*, teacher.* and student.divergence.
 
+    The last two only where there are prototypes.
+
     All processes call it together. It waits for the device.
 
     Args:
@@ -46,14 +48,14 @@ def describe(outcome: Outcome, loss: LossRecipe, views: int) -> dict[str, float]
     sums = ranks.sum_(torch.stack(list(outcome.terms.values()))).tolist()
     terms = dict(zip(outcome.terms, sums, strict=True))
     norms = torch.stack(list(outcome.norms.values())).tolist()
-    teacher = measure(outcome.targets.image)
+    teacher = {} if outcome.targets is None else measure(outcome.targets.image)
     record = {
         "loss": total(terms),
         **{f"loss.{name}": term for name, term in terms.items()},
         **{f"grad_norm.{name}": norm for name, norm in zip(outcome.norms, norms, strict=True)},
         **{f"teacher.{name}": value for name, value in teacher.items()},
     }
-    if loss.dino:
+    if loss.dino and outcome.targets is not None:
         count = len(outcome.targets.image.bias)
         entropy = teacher["entropy"] * math.log(count) if count > 1 else 0.0
         record["student.divergence"] = terms["dino"] / (loss.dino * pairs(views)) - entropy

@@ -3,9 +3,12 @@
 A record holds:
 
     step, images, epoch                     finished steps, images seen, passes over the data
-    loss                                    the sum of loss.dino, loss.ibot and loss.koleo
-    loss.dino, .dino_global, .dino_local, .ibot, .koleo     its terms; KoLeo's may be negative
-    grad_norm.<part>                        of backbone, dino_head and ibot_head, before clipping
+    loss                                    the sum of its terms
+    loss.dino, .dino_global, .dino_local, .ibot, .koleo     its terms, the second and third parts of the first; KoLeo's
+                                            may be negative
+    loss.gram                               with Gram anchoring, see `gram`
+    loss.cls, loss.patch                    in place of these in a distillation by features, see `distill.matching`
+    grad_norm.<part>                        of backbone, dino_head and ibot_head, or projection, before clipping
     teacher.entropy, .prototypes, .agreement, .spread, .rank  of the teacher's assignments, see `measures`
     student.divergence                      KL divergence of the student's assignments, see `measures`
     rate, last_layer_rate, decay, momentum, teacher_temperature     of the step, as the schedule and the doctor have it
@@ -13,6 +16,7 @@ A record holds:
     lowered                                 how many times the doctor has lowered the rate, see `diagnosis`
     images_per_second, step_seconds, data_seconds           the last is the part of a step spent waiting for images
     kilowatt_hours                          of all GPUs since the first step, by NVML; only where that is to be had
+    probe.drift, probe.kept                 with these, in a run that began with weights, see `guard`
     probe.rank, probe.knn                   every monitor.probe_every steps: of the fixed set of images, see `probe`
 
 What is wrong with a run gets a name in `diagnosis`; `watch` brings all of it together.
@@ -49,12 +53,18 @@ class MonitorRecipe:
     labelled: str = ""
     """A folder with one sub-folder per class from which the probe set is drawn, for an online kNN; without it the data
     itself, whose kNN is measured if its images lie in sub-folders."""
+    guard: float = 0.02
+    """In a run that begins with weights: how far probe.knn may fall below that of the start before the run says so."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where records go besides metrics.jsonl, which is always written."""
 
     def __post_init__(self) -> None:
         within(self, "monitor.", lower_by=(1e-3, 0.99), lower_most=(0, 100), probe_every=(0, FINITE))
-        within(self, "monitor.", probe_images=(2, 10_000))
+        within(self, "monitor.", probe_images=(2, 10_000), guard=(0, 1))
+
+
+TERMS = ("dino", "ibot", "koleo", "gram", "cls", "patch")
+"""Of the loss, as the terminal shows them."""
 
 
 class Metrics:
@@ -110,13 +120,16 @@ class Terminal:
         if not self.quiet:
             self.console.print(text, markup=False)
 
-    def show(self, record: Mapping[str, Any]) -> None:
-        """The state after a step."""
+    def show(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """The state after a step, by the name of the run; names are shown if there are several."""
+        losses = []
+        for name, record in records.items():
+            terms = " ".join(f"{term} {record[f'loss.{term}']:.3f}" for term in TERMS if f"loss.{term}" in record)
+            losses.append((f"{name} " if len(records) > 1 else "") + f"loss {record['loss']:.3f} ({terms})")
+        record = next(iter(records.values()))
         share = record["data_seconds"] / max(record["step_seconds"], 1e-9)
         text = (
-            f"loss {record['loss']:.3f} (dino {record['loss.dino']:.3f} ibot {record['loss.ibot']:.3f} "
-            f"koleo {record['loss.koleo']:.3f}) · {record['images_per_second']:.0f} img/s · "
-            f"{share:.0%} of the time waiting for data"
+            f"{' · '.join(losses)} · {record['images_per_second']:.0f} img/s · {share:.0%} of the time waiting for data"
         )
         step = record["step"]
         if self._bar is not None:

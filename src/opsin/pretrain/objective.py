@@ -1,4 +1,6 @@
-"""What one training step computes: DINO + iBOT + KoLeo between a student and its moving average (paper §4).
+"""What one training step computes: DINO + iBOT + KoLeo between a student and a teacher (paper §4).
+
+The teacher is the student's moving average, or a frozen network (`opsin.distill`).
 
 The teacher does not change within a step, and balancing needs only bottleneck features. So the teacher sees *all*
 micro-batches first, its assignments are balanced over the whole batch, and then the student goes through the
@@ -7,6 +9,8 @@ micro-batches one by one: the gradients are those of the undivided batch (up to 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +20,8 @@ from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.data.crops import Kind
 from opsin.data.stream import Batch, Masked
 from opsin.errors import within
+from opsin.pretrain.anchor import Anchor
+from opsin.pretrain.gram import gram_loss
 from opsin.pretrain.heads import Head, HeadRecipe
 from opsin.pretrain.koleo import koleo
 from opsin.pretrain.prototypes import Prototypes, Targets
@@ -47,7 +53,13 @@ class LossRecipe:
         within(self, "loss.", sinkhorn_iterations=(1, 1000), centre_momentum=(0, 1))
 
 
-class Network(nn.Module):
+class Learner(nn.Module):
+    """A backbone with whatever it is trained through."""
+
+    backbone: VisionTransformer
+
+
+class Network(Learner):
     """A backbone with its heads: the student, or its moving average, the teacher."""
 
     def __init__(self, architecture: Architecture, heads: HeadRecipe) -> None:
@@ -89,8 +101,10 @@ class Objective:
     static shape is in `look`, `balance` and `losses`, which a GPU can record (see `step.py`).
     """
 
-    def __init__(self, loss: LossRecipe, student: Network, teacher: Network, dtype: torch.dtype) -> None:
-        self.loss, self.student, self.teacher, self.dtype = loss, student, teacher, dtype
+    def __init__(
+        self, loss: LossRecipe, student: Network, teacher: Network, dtype: torch.dtype, anchor: Anchor | None = None
+    ) -> None:
+        self.loss, self.student, self.teacher, self.dtype, self.anchor = loss, student, teacher, dtype, anchor
         weight = student.dino_head.last_layer.weight_g
         # Scores need products with an fp32 result, which a CPU has not for half precision: rounding would gain nothing.
         self.scores_dtype = weight.dtype if weight.device.type == "cpu" else dtype
@@ -152,6 +166,18 @@ class Objective:
         for micro in range(batch.micro_batches):
             crops, masked = batch.crops("global", micro).to(self.dtype), batch.masked(micro)
             views.append((*look(crops, masked.hidden), masked.weight))
+        return self.balanced(temperature, views, balance)
+
+    def balanced(
+        self,
+        temperature: Tensor,
+        views: Sequence[tuple[Tensor, Tensor, Tensor]],
+        balance: Callable[..., Any],
+    ) -> StepTargets:
+        """The assignments of a batch, balanced over all of it.
+
+        `views` holds, for each micro-batch, what `look` gives and the weights of its patches.
+        """
         image, patch, weight = (torch.cat(parts) for parts in zip(*views, strict=True))
         prototypes, bias, patch_prototypes, patch_bias = balance(image, patch, weight, temperature)
         return StepTargets(
@@ -167,6 +193,7 @@ class Objective:
         masked: Masked,
         kept: Sequence[Tensor] | None,
         shares: tuple[int, int],
+        anchored: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of b images; their sum over terms and micro-batches is the loss of the batch.
 
@@ -176,6 +203,7 @@ class Objective:
             masked: of the global crops.
             kept: samples that stochastic depth keeps, for each of `crops`.
             shares: images of the whole batch, and of a group.
+            anchored: patches of the global crops as the anchor sees them `[2b, N, D]`, if there is one.
         """
         size, group = shares
         b = len(crops[0]) // 2
@@ -202,6 +230,12 @@ class Objective:
         spread = features[0].cls.unflatten(0, (2, -1, group))  # [2, groups, group, D]
         spread = spread if self.loss.koleo_crops == "both" else spread[:1]
         terms["koleo"] = self.loss.koleo * group / size * koleo(spread.flatten(0, 1)).sum()
+        if self.anchor is not None and anchored is not None:
+            pair = features[0].patches.flatten(1, 2), anchored
+            if self.anchor.recipe.over == "group":
+                student, anchor = (x.unflatten(0, (-1, group)).flatten(1, 2) for x in pair)
+                pair = student, anchor
+            terms["gram"] = self.anchor.recipe.weight * b / size * gram_loss(*pair).mean()
         return terms
 
     def inputs(self, batch: Batch, micro: int, targets: StepTargets) -> tuple[Any, ...]:
@@ -215,6 +249,7 @@ class Objective:
             masked,
             batch.kept(micro),
             (batch.recipe.batch.size, batch.recipe.batch.group),
+            None if self.anchor is None else self.anchor.patches(batch, micro),
         )
 
     def terms(self, batch: Batch, micro: int, targets: StepTargets) -> dict[str, Tensor]:
@@ -223,15 +258,23 @@ class Objective:
 
     def state(self) -> Mapping[str, Tensor]:
         """Tensors that a checkpoint keeps besides the networks."""
-        return self.centres
+        anchor = {} if self.anchor is None else self.anchor.state()
+        return {
+            **{f"centre.{name}": centre for name, centre in self.centres.items()},
+            **{f"anchor.{name}": tensor for name, tensor in anchor.items()},
+        }
 
 
 Number = TypeVar("Number", Tensor, float)
 
 
+PARTS_OF_DINO = ("dino_global", "dino_local")
+"""Terms that only tell where `dino` comes from."""
+
+
 def total(terms: Mapping[str, Number]) -> Number:
-    """The loss: `dino_global` and `dino_local` only tell where `dino` comes from."""
-    return terms["dino"] + terms["ibot"] + terms["koleo"]
+    """The loss: the sum of its terms."""
+    return reduce(add, (term for name, term in terms.items() if name not in PARTS_OF_DINO))
 
 
 def _pairs(views: int, like: Tensor) -> Tensor:

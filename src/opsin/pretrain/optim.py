@@ -121,7 +121,7 @@ PIECE = 2**16
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101) on named parameters, and the moving average that is the teacher.
+    """AdamW (Loshchilov & Hutter, 1711.05101) on the parameters that learn, and their moving average, the teacher.
 
     `student` and `teacher` hold the weights. Where other networks compute with copies of them in lower precision (see
     `step.working_copy`), these are given too. Gradients are accumulated into `student`'s `.grad`, which an update
@@ -145,7 +145,7 @@ class AdamW:
         self.moments: dict[str, Tensor] = {}
         self.gradients = None if shards is not None else _one_buffer(student)
         """Of whole models, all gradients in one piece of memory: several processes sum them in one call."""
-        for name, p in student.named_parameters():
+        for name, p in trained(student).items():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             self.moments[f"mean.{name}"] = torch.zeros_like(p.data)
@@ -239,9 +239,14 @@ class AdamW:
                 slot.copies[1].copy_(slot.teacher)
 
 
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
 def _one_buffer(network: nn.Module) -> Tensor:
-    """Zero gradients for all parameters, side by side, each beginning where a kernel likes to begin."""
-    parameters = list(network.parameters())
+    """Zero gradients for all that learns, side by side, each beginning where a kernel likes to begin."""
+    parameters = list(trained(network).values())
     places = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
     buffer = torch.zeros(sum(places), dtype=parameters[0].dtype, device=parameters[0].device)
     for p, piece in zip(parameters, torch.split(buffer, places), strict=True):

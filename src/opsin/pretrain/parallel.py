@@ -22,7 +22,8 @@ from opsin.backbone.fused import FusedBlock
 from opsin.backbone.vit import Architecture
 from opsin.errors import OpsinError, within
 from opsin.pretrain.heads import HeadRecipe
-from opsin.pretrain.objective import Network
+from opsin.pretrain.objective import Learner, Network
+from opsin.pretrain.prototypes import Prototypes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -140,7 +141,7 @@ def shard_group(grid: "DeviceMesh | None") -> dist.ProcessGroup | None:
     return None if grid is None else grid.get_group("shard")
 
 
-def shard(network: Network, grid: "DeviceMesh", dtype: torch.dtype) -> None:
+def shard(network: Learner, grid: "DeviceMesh", dtype: torch.dtype) -> None:
     """Cut up the weights of student or teacher in place: every block, every head's MLP and prototypes by themselves.
 
     Products are in `dtype`. Gradients of the backbone are summed in it too, those of the heads in full precision, as in
@@ -161,6 +162,7 @@ def shard(network: Network, grid: "DeviceMesh", dtype: torch.dtype) -> None:
     # student, what the backward needs soonest stays, and so its prototypes are gathered once.
     again = not network.backbone.cls_token.requires_grad
     fully_shard(network.backbone, mesh=grid, mp_policy=backbone, reshard_after_forward=again)
+    assert isinstance(network, Network)
     for part in dict.fromkeys((network.dino_head, network.patch_head)):
         fully_shard(part.mlp, mesh=grid, mp_policy=head, reshard_after_forward=again)
         fully_shard(part.last_layer, mesh=grid, mp_policy=prototypes, reshard_after_forward=again)
@@ -173,25 +175,27 @@ def shard(network: Network, grid: "DeviceMesh", dtype: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def last_micro_batch(student: Network, last: bool) -> None:
+def last_micro_batch(student: Learner, last: bool) -> None:
     """Before a student's forward: prototypes are gathered once per step, and their gradients summed once."""
-    for head in (student.dino_head, student.patch_head):
-        layer: Any = head.last_layer
-        if hasattr(layer, "set_requires_gradient_sync"):
+    for module in student.modules():
+        layer: Any = module
+        if isinstance(module, Prototypes) and hasattr(module, "set_requires_gradient_sync"):
             layer.set_requires_gradient_sync(last)
             layer.set_reshard_after_backward(last)
 
 
-def forget_forwards(teacher: Network) -> None:
+def forget_forwards(teacher: Learner) -> None:
     """After the teacher's forwards of a step: FSDP keeps a list of them, which only a backward would end.
 
     torch 2.11 has no way to do so: there a sharded run's host memory grows by some 50 bytes per block and forward.
     """
+    if not hasattr(teacher.backbone, "reset_iter_state"):
+        return
+    assert isinstance(teacher, Network)
     for head in (teacher.dino_head, teacher.patch_head):
         units: tuple[Any, ...] = (teacher.backbone, head.mlp, head.last_layer)
         for unit in units:
-            if hasattr(unit, "reset_iter_state"):
-                unit.reset_iter_state()
+            unit.reset_iter_state()
 
 
 class RecomputedBlock(FusedBlock):
@@ -203,7 +207,7 @@ class RecomputedBlock(FusedBlock):
         return out
 
 
-def recompute(network: Network, which: Literal["none", "selective", "full"]) -> None:
+def recompute(network: Learner, which: Literal["none", "selective", "full"]) -> None:
     """Turn some of a student's blocks into `RecomputedBlock`s: the same parameters, the same function."""
     every = {"none": 0, "selective": 2, "full": 1}[which]
     for number, block in enumerate(network.backbone.blocks):

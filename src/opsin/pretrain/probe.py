@@ -1,15 +1,17 @@
 """A fixed set of images that the teacher looks at every now and then: rank, kNN and a picture.
 
     probe.rank    RankMe of the class tokens after the final norm
+    probe.drift, probe.kept     how far class tokens are from those with which the run began, see `guard`
     probe.knn     share of images whose class is that of their 10 nearest neighbours' vote, each image left out of its
                   own; only with labels of two classes or more
 
 The picture OUT/probe/step-00001000.png has eight images in its upper row, and below each the first three principal
 components of its patch features as colours. The components are found anew for every picture: those of an earlier step
 would point into directions that mean nothing by now. So colours can be compared within a picture, and from picture to
-picture the shapes, not the colours.
+picture the shapes, not the colours. Of images with more than three channels the upper row shows the first three, of
+those with fewer the first, in gray.
 
-The set depends on the seed and the data only.
+The set depends on the data only, so that runs with other seeds, and the phases of a run, are measured on the same one.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +27,11 @@ from opsin import ranks
 from opsin.backbone.features import evaluation_transform
 from opsin.backbone.probe import knn_accuracy, pca_basis, rank_me
 from opsin.backbone.vit import VisionTransformer
-from opsin.constants import IMAGENET_MEAN, IMAGENET_STD
+from opsin.constants import normalisation
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, scan
 from opsin.errors import OpsinError
+from opsin.pretrain.guard import Drift
 from opsin.pretrain.recipe import Recipe
 from opsin.pretrain.step import DTYPES
 
@@ -45,17 +48,17 @@ class Sample:
 
     def __init__(self, source: Source, reader: ImageReader, recipe: Recipe) -> None:
         count = min(recipe.monitor.probe_images, len(source))
-        self.indices = np.sort(np.random.default_rng(recipe.seed).choice(len(source), count, replace=False))
+        self.indices = np.sort(np.random.default_rng(0).choice(len(source), count, replace=False))
         size = recipe.crops.global_size
+        mean, std = map(_channels, normalisation(recipe.backbone.channels))
 
         def crop(index: int) -> Tensor:
-            mean, std = _channels(IMAGENET_MEAN), _channels(IMAGENET_STD)
             return (evaluation_transform(reader.read(index), size) * std + mean).clamp(0, 1)
 
         torch.get_num_threads()  # fixes this thread's number: torch starts a thread with the number set last anywhere
         with ThreadPoolExecutor(recipe.data.threads(), "probe", torch.set_num_threads, (1,)) as pool:
             self.images = torch.stack(list(pool.map(crop, self.indices.tolist())))
-        """`[n, 3, S, S]`, values in 0 … 1."""
+        """`[n, C, S, S]`, values in 0 … 1."""
         self.labels: NDArray[np.int64] | None = None
         """`[n]`; -1 where another image took the place of an unreadable one."""
         if source.labels is not None and len(source.classes) > 1:
@@ -71,14 +74,15 @@ def labelled_sample(recipe: Recipe, out: Path) -> Sample:
             f"monitor.labelled is {recipe.monitor.labelled}, and its images do not all lie in sub-folders: put each "
             "into one that is named after its class."
         )
-    with ImageReader(source, workers=1, max_bad_fraction=1) as reader:
+    with ImageReader(source, workers=1, channels=recipe.backbone.channels, max_bad_fraction=1) as reader:
         return Sample(source, reader, recipe)
 
 
 class Probe:
     """What the teacher makes of a sample."""
 
-    def __init__(self, sample: Sample, recipe: Recipe, out: Path) -> None:
+    def __init__(self, sample: Sample, recipe: Recipe, out: Path, drift: Drift | None = None) -> None:
+        self.drift = drift
         self.sample, self.folder, self.dtype = sample, out / "probe", DTYPES[recipe.precision]
         self._mean, self._std = _channels(recipe.crops.mean), _channels(recipe.crops.std)
 
@@ -92,6 +96,8 @@ class Probe:
         tokens = self._tokens(backbone)
         patches = self._features(backbone, np.arange(min(SHOWN, len(self.sample.images))))[1]
         record = {"probe.rank": rank_me(tokens)}
+        if self.drift is not None:
+            record |= self.drift.measure(step, tokens)
         if self.sample.labels is not None:
             labels = torch.from_numpy(self.sample.labels)
             known = labels >= 0
@@ -123,6 +129,7 @@ class Probe:
 
     def _draw(self, step: int, patches: Tensor) -> None:
         images = self.sample.images[: len(patches)]
+        images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
         basis = pca_basis(list(patches))
         colours = torch.stack([basis.apply(image)[0] for image in patches]).permute(0, 3, 1, 2)
         colours = torch.nn.functional.interpolate(colours, images.shape[-2:], mode="nearest")

@@ -1,23 +1,35 @@
-"""A recipe: every setting of a run, as one tree of frozen dataclasses; and the presets.
+"""A recipe: every setting of a run, as one tree of frozen dataclasses, and the phases that it goes through.
 
 Each part is defined, documented and checked beside the code that reads it. The command line overrides any field by its
-dotted name (`--schedule.rate 1e-3`); the resolved recipe is written beside the weights as YAML and can be fed back.
+dotted name (`--schedule.rate 1e-3`); the resolved recipe is written beside the weights as YAML and can be fed back. The
+named recipes are in `presets`.
+
+A recipe with phases stands for several runs, one after the other. Each phase changes some fields of the one before:
+
+    phases:
+    - {name: pretrain, length: 100 epochs}
+    - {name: high-res, length: 10000 steps, change: {crops.global_size: 518, backbone.grid: 37, schedule.rate: 1.0e-4}}
 """
 
-from collections.abc import Callable
+import copy
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cattrs
+import tyro
 import yaml
 
-from opsin.backbone.registry import architecture
 from opsin.backbone.vit import Architecture
+from opsin.constants import normalisation
 from opsin.data.crops import CropRecipe
 from opsin.data.masks import MaskRecipe
 from opsin.data.stream import BatchRecipe, DataRecipe, StreamRecipe
 from opsin.errors import FINITE, OpsinError, unknown, within
+from opsin.pretrain.gram import GramRecipe
 from opsin.pretrain.heads import HeadRecipe
 from opsin.pretrain.monitor import MonitorRecipe
 from opsin.pretrain.objective import LossRecipe
@@ -40,14 +52,67 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a run that is trained by itself, from where the phase before it ended."""
+
+    name: str
+    """Of the phase and, after its number, of its folder: letters, digits, - and _."""
+    length: str = ""
+    """'500 steps', '2 epochs' or '1e6 images', rounded up to whole steps; by default the recipe's `steps`."""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe by their dotted names, with the values that they have from this phase on."""
+    fresh: tuple[Literal["heads", "optimiser"], ...] = ()
+    """What begins anew: else all that fits is carried over from the phase before."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name):
+            raise OpsinError(f"a phase is called {self.name!r}: give a name of letters, digits, - and _.")
+        self.count()
+
+    def count(self) -> tuple[float, str]:
+        """The length as a number and its unit; no unit if the recipe's `steps` are meant."""
+        if not self.length:
+            return 0, ""
+        found = re.fullmatch(r"([\d_.]+(?:[eE]\+?\d+)?) ?(steps?|epochs?|images?)", self.length.strip())
+        try:
+            number = float(found[1]) if found else 0.0
+        except ValueError:
+            number = 0.0
+        if found is None or not 0 < number <= FINITE:
+            raise OpsinError(
+                f"the length of phase {self.name} is {self.length!r}: give a number and a unit, such as '500 steps', "
+                "'2 epochs' or '1e6 images'."
+            )
+        return number, found[2].rstrip("s")
+
+    def steps(self, recipe: "Recipe", images: int | None) -> int:
+        """The length in steps of `recipe`, on so many images; None if there are none to count."""
+        number, unit = self.count()
+        if not unit:
+            return recipe.steps
+        if unit == "step":
+            return math.ceil(number)
+        if unit == "epoch" and images is None:
+            raise OpsinError(
+                f"phase {self.name} has a length in epochs, and there are no images to count: give steps or images."
+            )
+        return math.ceil(number * (1 if images is None or unit == "image" else images) / recipe.batch.size)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a pretraining run, apart from the images."""
 
     backbone: Architecture
     steps: int = 125_000
-    """Optimiser steps of the run."""
+    """Optimiser steps of the run, or of a phase that does not say its own length."""
     seed: int = 0
-    """Of the initial weights and of everything that is drawn."""
+    """Of the initial weights and of everything that is drawn; phase n draws with seed + n - 1."""
+    weights: str = ""
+    """A backbone's weights, in any form that `opsin.load` reads, with which student and teacher begin; the stem is
+    fitted to other channels, patches and position grids (see `backbone.adapt`). Without, they begin at random."""
+    train: Literal["all", "heads"] = "all"
+    """What learns: all of the network, or its heads alone, on a backbone that stays as `weights` has it."""
     drop_path: float = 0.3
     """Stochastic depth: share of a group's samples that each branch leaves out, the same in every block."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
@@ -63,23 +128,30 @@ class Recipe:
     masks: MaskRecipe = field(default_factory=MaskRecipe)
     heads: HeadRecipe = field(default_factory=HeadRecipe)
     loss: LossRecipe = field(default_factory=LossRecipe)
+    gram: GramRecipe = field(default_factory=GramRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     monitor: MonitorRecipe = field(default_factory=MonitorRecipe)
+    phases: Annotated[tuple[Phase, ...], tyro.conf.Suppress] = ()
+    """Parts of the run, each a change of the one before; without, it has one. In a command, a field of a phase is
+    `--phases.NAME.FIELD`, such as --phases.high-res.length '500 steps' or --phases.high-res.schedule.rate 1e-4."""
 
     def __post_init__(self) -> None:
         within(self, "", steps=(1, 2**28), log_every=(1, FINITE), max_skipped=(0, FINITE), seed=(0, 2**63 - 1))
         within(self, "", drop_path=(0, 0.99))
-        if self.backbone.channels != 3:
-            raise OpsinError(f"backbone.channels is {self.backbone.channels}: files are read as RGB, so give 3.")
-        if len(self.crops.mean) != self.backbone.channels:
+        if self.backbone.channels != 3 and (self.crops.mean, self.crops.std) == normalisation(3):
+            # The default is of RGB: for other channels it is what an adapted stem expects (see `backbone.adapt`).
+            mean, std = normalisation(self.backbone.channels)
+            object.__setattr__(self, "crops", replace(self.crops, mean=mean, std=std))
+        if len(self.crops.mean) not in (1, self.backbone.channels):
             raise OpsinError(
                 f"backbone.channels is {self.backbone.channels} but crops.mean and crops.std have "
-                f"{len(self.crops.mean)} entries: give one per channel."
+                f"{len(self.crops.mean)} entries: give one per channel, or one for all."
             )
+        stages(self, self.batch.size)
 
     def stream(self) -> StreamRecipe:
         """The part that decides the contents of the batches."""
@@ -94,125 +166,81 @@ class Recipe:
         )
 
 
-def vitl16_short() -> Recipe:
-    """ViT-L/16 on ImageNet-1k, the reference's short run: batch 2048, 125k steps.
+class Stage(NamedTuple):
+    """A phase with all its settings."""
 
-    Expect 81.6 kNN and 82.9 linear on ImageNet-1k (reference model card: 32 A100, about a day). Not measured here.
+    phase: Phase | None
+    """None for a recipe without phases."""
+    recipe: Recipe
+    """Has no phases."""
+
+
+def stages(recipe: Recipe, images: int | None) -> list[Stage]:
+    """The phases of a recipe on so many images, one after the other; one if it names none.
+
+    Without images, no length can be in epochs.
+
+    Raises:
+        OpsinError: a phase changes a field that does not exist, or in a way that leaves nothing to go on with.
     """
-    return Recipe(
-        backbone=architecture("dinov2_vitl16"),
-        batch=BatchRecipe(size=2048, micro=64, group=64),
-        crops=CropRecipe(local_size=96),
-        heads=HeadRecipe(tied=True),
-        loss=LossRecipe(centering="average"),
-    )
+    found: list[Stage] = []
+    tree = _tree(recipe) | {"phases": []}
+    for number, phase in enumerate(recipe.phases):
+        where = f"phase {phase.name}"
+        if phase.name in (stage.phase.name for stage in found if stage.phase):
+            raise OpsinError(f"two phases are called {phase.name}: give each a name of its own.")
+        tree = copy.deepcopy(tree)
+        for dotted, value in phase.change.items():
+            _change(tree, dotted, value, where)
+        try:
+            made = _structured(tree, where)
+            seed = made.seed if "seed" in phase.change else recipe.seed + number
+            made = replace(made, steps=phase.steps(made, images), seed=seed)
+        except OpsinError as error:
+            raise OpsinError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        if found:
+            _check_follows(found[-1].recipe, made, where)
+        found.append(Stage(phase, made))
+    return found or [Stage(None, recipe)]
 
 
-def vitl14() -> Recipe:
-    """ViT-L/14 with SwiGLU, the reference's ImageNet-22k run: batch 3072, 625k steps.
-
-    Expect 82.0 kNN and 84.5 linear on ImageNet-1k (reference model card: 96 A100, 3.3 days). Not measured here.
-    """
-    return Recipe(
-        backbone=replace(architecture("dinov2_vitl14"), ffn="swiglu", grid=16),
-        steps=625_000,
-        drop_path=0.4,
-        batch=BatchRecipe(size=3072, micro=32, group=32),
-        heads=HeadRecipe(dino_prototypes=131_072, dino_bottleneck=384, ibot_prototypes=131_072, ibot_bottleneck=256),
-        optim=OptimRecipe(layer_decay=1.0),
-        schedule=ScheduleRecipe(rate=2e-4, warmup_steps=100_000, decay=(0.04, 0.2), momentum=(0.994, 1.0)),
-    )
+NOT_CHANGED = ("steps", "phases")
+"""Fields that a phase has other ways to say."""
 
 
-def vitg14() -> Recipe:
-    """ViT-g/14, the teacher of the paper: as ViT-L/14 with groups of 12.
-
-    The paper trained it for 22k A100 hours on LVD-142M (83.5 kNN, 86.5 linear). Not measured here.
-    """
-    return replace(
-        vitl14(),
-        backbone=replace(architecture("dinov2_vitg14"), grid=16),
-        batch=BatchRecipe(size=3072, micro=12, group=12),
-    )
-
-
-def _one_gpu(name: str, micro: int) -> Recipe:
-    """The reference's settings for a batch of 1024 that one GPU works through in micro-batches, and 100k steps.
-
-    The rate follows the batch by the reference's square-root rule. Not measured here.
-    """
-    return Recipe(
-        backbone=replace(architecture(name), grid=16),
-        steps=100_000,
-        drop_path=0.1,
-        batch=BatchRecipe(size=1024, micro=micro, group=64),
-        schedule=ScheduleRecipe(
-            rate=1e-3,
-            warmup_steps=10_000,
-            decay=(0.04, 0.2),
-            momentum=(0.994, 1.0),
-            teacher_temperature_steps=30_000,
-            freeze_last_layer_steps=1_000,
-        ),
-    )
+def _change(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *path, last = dotted.split(".")
+    branch: Any = tree
+    for name in path:
+        branch = branch.get(name) if isinstance(branch, dict) else None
+    known = [name for name in _dotted_names(tree) if name not in NOT_CHANGED]
+    if not isinstance(branch, dict) or dotted not in known:
+        if dotted == "steps":
+            raise OpsinError(f"{where} changes steps: give its length instead, such as length: 500 steps.")
+        raise OpsinError(f"{where}: {unknown('field', dotted, known)}")
+    branch[last] = value
 
 
-def vits14_one_gpu() -> Recipe:
-    """ViT-S/14 on one GPU: batch 1024 in micro-batches of 128, 100k steps. Not measured here."""
-    return _one_gpu("dinov2_vits14", 128)
+def _dotted_names(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in tree.items():
+        names += _dotted_names(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+    return names
 
 
-def vitb14_one_gpu() -> Recipe:
-    """ViT-B/14 on one GPU: batch 1024 in micro-batches of 64, 100k steps. Not measured here."""
-    return _one_gpu("dinov2_vitb14", 64)
-
-
-def cpu() -> Recipe:
-    """A small backbone for a laptop's processor: some hundred steps on a few thousand images, in minutes.
-
-    It shows that everything works and learns something of the images at hand; it does not give general features.
-    """
-    return Recipe(
-        backbone=replace(architecture("vit_nano8"), layerscale=1.0),  # 1e-5 would need thousands of steps to wake up
-        steps=300,
-        drop_path=0.0,
-        precision="fp32",
-        log_every=1,
-        batch=BatchRecipe(size=64, group=64),
-        crops=CropRecipe(global_size=64, local_size=32, local_count=4, local_scale=(0.1, 0.4)),
-        heads=HeadRecipe(
-            dino_prototypes=1024, dino_bottleneck=128, ibot_prototypes=1024, ibot_bottleneck=128, hidden=512
-        ),
-        optim=OptimRecipe(layer_decay=1.0, patch_embed_rate=1.0),
-        schedule=ScheduleRecipe(
-            rate=8e-3,
-            warmup_steps=30,
-            decay=(0.04, 0.1),
-            momentum=(0.9, 1.0),
-            teacher_temperature_steps=90,
-            freeze_last_layer_steps=10,
-        ),
-        checkpoint=CheckpointRecipe(every=100),
-    )
-
-
-PRESETS: dict[str, Callable[[], Recipe]] = {
-    "vitl16-short": vitl16_short,
-    "vitl14": vitl14,
-    "vitg14": vitg14,
-    "vits14-one-gpu": vits14_one_gpu,
-    "vitb14-one-gpu": vitb14_one_gpu,
-    "cpu": cpu,
-}
-
-
-def preset(name: str) -> Recipe:
-    """The recipe of a name in `PRESETS`, or of a YAML file written by an earlier run."""
-    if name in PRESETS:
-        return PRESETS[name]()
-    if name.endswith((".yaml", ".yml")):
-        return read(Path(name))
-    raise unknown("recipe", name, PRESETS)
+def _check_follows(before: Recipe, after: Recipe, where: str) -> None:
+    """Refuse a phase that could not go on from the weights of the one before."""
+    if before.weights != after.weights:
+        raise OpsinError(
+            f"{where} changes weights, but begins with those of the phase before: leave this to the first."
+        )
+    ours, theirs = asdict(before.backbone), asdict(after.backbone)
+    other = [name for name in ours if ours[name] != theirs[name] and name not in ("grid", "layerscale")]
+    if other:
+        raise OpsinError(
+            f"{where} changes backbone.{other[0]} from {ours[other[0]]} to {theirs[other[0]]}, and the weights of the "
+            "phase before would not fit: of the backbone only the position grid can change."
+        )
 
 
 def _coerced(value: Any, to: type) -> Any:
@@ -240,9 +268,25 @@ def _converter() -> cattrs.Converter:
     return converter
 
 
+def _tree(recipe: Recipe) -> dict[str, Any]:
+    tree: dict[str, Any] = cattrs.unstructure(asdict(recipe))
+    return tree
+
+
+def _structured(tree: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe of a tree of names and values; `where` names its source in messages."""
+    try:
+        return _converter().structure(tree, Recipe)
+    except OpsinError as error:
+        raise OpsinError(f"{where}: {error}") from None
+    except Exception as error:
+        reasons = cattrs.transform_error(error, path="recipe", format_exception=_reason)
+        raise OpsinError(f"{where} is not a recipe: {'; '.join(reasons)}") from None
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, fields in the order of their definition."""
-    return yaml.safe_dump(cattrs.unstructure(asdict(recipe)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_tree(recipe), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str, where: str) -> Recipe:
@@ -253,13 +297,7 @@ def from_yaml(text: str, where: str) -> Recipe:
         raise OpsinError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise OpsinError(f"{where} is not a recipe: it must hold names and values, as a run's recipe.yaml does.")
-    try:
-        return _converter().structure(tree, Recipe)
-    except OpsinError as error:
-        raise OpsinError(f"{where}: {error}") from None
-    except Exception as error:
-        reasons = cattrs.transform_error(error, path="recipe", format_exception=_reason)
-        raise OpsinError(f"{where} is not a recipe: {'; '.join(reasons)}") from None
+    return _structured(tree, where)
 
 
 def _reason(error: BaseException, kind: type | None) -> str:

@@ -26,10 +26,11 @@ from opsin.machine import pick_device
 from opsin.pretrain import checkpoint
 from opsin.pretrain.checkpoint import Checkpoints
 from opsin.pretrain.diagnosis import PARTS, culprit
-from opsin.pretrain.folder import only_run
+from opsin.pretrain.folder import only_run, origin_of
 from opsin.pretrain.probe import Sample
 from opsin.pretrain.recipe import read
 from opsin.pretrain.schedules import scheduled
+from opsin.pretrain.start import Start
 from opsin.pretrain.step import Outcome, Step
 from opsin.pretrain.watch import Watch
 
@@ -107,14 +108,19 @@ def replay(
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run(out))
         source = scan(data, cache=out / "cache", progress=False)
-        reader = stack.enter_context(ImageReader(source, workers=recipe.data.threads(), max_bad_fraction=1))
-        train, watch = Step(recipe, on), Watch(recipe, out, on, say)
-        state = train.state() | watch.state()
+        threads = recipe.data.threads()
+        channels = recipe.backbone.channels
+        reader = stack.enter_context(ImageReader(source, workers=threads, channels=channels, max_bad_fraction=1))
         first = max((done for done in checkpoint.steps(out) if done <= step), default=0)
+        start = Start(recipe, *origin_of(out))
+        train, watch = Step(recipe, on, initial=None if first else start.networks), Watch(recipe, out, on, say)
+        if not first:
+            start.rest(train.state())
+        state = train.state() | watch.state()
         if first:
             checkpoints = Checkpoints(out, state, recipe.backbone, recipe.checkpoint.keep)
             stack.enter_context(checkpoints).load(first)
-            train.loaded()
+        train.loaded()
         say(f"computing steps {first} to {step} again, from " + (f"checkpoint {first}" if first else "the beginning"))
         watch.doctor.before(Sample(source, reader, recipe).images)
         stream = Stream(recipe.stream(), recipe.data, reader, source.order, on, train.dtype)
@@ -135,6 +141,7 @@ def replay(
 def _report(step: int, weights: list[str], look: "_Look", outcome: Outcome, images: list[str]) -> Replayed:
     losses = [name for name, term in outcome.terms.items() if not bool(term.isfinite())]
     parts = [part for part in PARTS if part in outcome.norms and not bool(outcome.norms[part].isfinite())]
+    assert outcome.targets is not None
     targets = [
         f"{what} of the {kind} targets"
         for kind, made in (("image", outcome.targets.image), ("patch", outcome.targets.patch))

@@ -12,9 +12,10 @@ has thousands of kernels that take less time than launching them. Nothing waits 
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from opsin.backbone.graphs import Piece, Recorder
 from opsin.data.stream import Batch
 from opsin.machine import has_triton
 from opsin.pretrain import parallel
-from opsin.pretrain.objective import Network, Objective, StepTargets, total
+from opsin.pretrain.anchor import Anchor
+from opsin.pretrain.objective import Learner, Network, Objective, StepTargets, total
 from opsin.pretrain.optim import AdamW, LossScale, Scalars, scalar_dtype
 from opsin.pretrain.parallel import ALONE, Spread
 from opsin.pretrain.recipe import Recipe
@@ -44,33 +46,93 @@ class Outcome(NamedTuple):
     """Of the gradients of each part, before clipping."""
     finite: Tensor
     """Whether the gradients were; if not, the step has changed nothing."""
-    targets: StepTargets
-    """What the teacher made of this process's share of the batch."""
+    targets: StepTargets | None
+    """What the teacher made of this process's share of the batch; None where there are no prototypes."""
+
+
+class Method(Protocol):
+    """What a student is trained through, and by."""
+
+    name: str
+    """For run.json."""
+
+    def network(self, recipe: Recipe) -> Learner:
+        """A new student."""
+        ...
+
+    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Any:
+        """What is to be minimised, with the methods of `Objective`: look, balance, targets, inputs, losses, state."""
+        ...
+
+
+class SelfDistillation:
+    """The student's moving average is its teacher (paper §4)."""
+
+    name = "self"
+
+    def network(self, recipe: Recipe) -> Network:
+        """A backbone with its heads."""
+        return Network(recipe.backbone, recipe.heads)
+
+    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Objective:
+        """DINO, iBOT and KoLeo, and Gram anchoring if the recipe has it; networks are whole when this is called."""
+        assert isinstance(student, Network)
+        assert isinstance(average, Network)
+        # A backbone that learns nothing cannot drift away from anything.
+        anchored = recipe.gram.weight > 0 and recipe.train == "all"
+        anchor = Anchor(recipe.gram, average.backbone, dtype) if anchored else None
+        return Objective(recipe.loss, student, average, dtype, anchor)
+
+
+SELF = SelfDistillation()
+"""The method of pretraining."""
+Initial = Callable[[Learner, Learner], None]
+"""Gives a whole student and its average the weights with which they begin."""
 
 
 class Step:
-    """Student, teacher and optimiser of a run, and the step that changes them.
+    """A student, its moving average and its optimiser, and the step that changes them.
 
     Several processes share a step: each takes its part of the batch, and all have the same weights after it.
+
+    Args:
+        recipe: all settings.
+        device: that computes.
+        spread: of the networks over the processes.
+        initial: fills the networks; without, their weights depend on the seed only.
+        method: what the student learns from.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, spread: Spread = ALONE) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        spread: Spread = ALONE,
+        initial: Initial | None = None,
+        method: Method = SELF,
+    ) -> None:
         self.device, self.dtype = device, DTYPES[recipe.precision]
         grid = parallel.mesh(spread, device)
         # A model that is to be cut up need not fit a GPU whole.
-        self.student, self.teacher = build(recipe, torch.device("cpu") if grid else device)
-        working = self.student, self.teacher
+        self.student, self.average = build(recipe, torch.device("cpu") if grid else device, method)
+        if initial is not None:
+            initial(self.student, self.average)
+        self.student.backbone.requires_grad_(recipe.train == "all")
+        working = self.student, self.average
         if grid is None:
-            working = working_copy(self.student, self.dtype), working_copy(self.teacher, self.dtype)
+            working = working_copy(self.student, self.dtype), working_copy(self.average, self.dtype)
+        self.objective = method.objective(recipe, *working, self.dtype)
         for network in working:
             fuse(network.backbone)
-        parallel.recompute(working[0], recipe.parallel.recompute)
+        if recipe.train == "all":
+            parallel.recompute(working[0], recipe.parallel.recompute)
         if grid is not None:
             for network in working:
                 parallel.shard(network, grid, self.dtype)
-        self.objective = Objective(recipe.loss, *working, self.dtype)
+        self.working = working[1]
+        """The average as it computes: in the precision of the products, maybe sharded."""
         shards = parallel.shard_group(grid)
-        self.optimiser = AdamW(self.student, self.teacher, recipe.backbone.depth, recipe.optim, working, shards)
+        self.optimiser = AdamW(self.student, self.average, recipe.backbone.depth, recipe.optim, working, shards)
         self.loss_scale = LossScale(device, enabled=self.dtype == torch.float16)
         # Only the kernel updates without asking the device whether the gradients are finite.
         recordable = device.type == "cuda" and recipe.graphs and has_triton() and self.dtype != torch.float64
@@ -82,20 +144,33 @@ class Step:
 
     def __call__(self, batch: Batch, values: Scheduled) -> Outcome:
         """Train on a batch, with the scheduled values of its step."""
+        return train([self], batch, [values])[0]
+
+    def begin(self, batch: Batch, values: Scheduled) -> None:
+        """The teacher's view of a batch."""
         numbers = torch.tensor(list(asdict(values).values()), dtype=scalar_dtype(self.device))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         scalars = dict(zip(asdict(values), numbers.to(self.device, non_blocking=True).unbind(), strict=True))
-        targets = self.objective.targets(batch, scalars.pop("teacher_temperature"), self.look, self.balance)
-        parallel.forget_forwards(self.teacher)
-        sums: dict[str, Tensor] = {}
-        for micro in range(batch.micro_batches):
-            parallel.last_micro_batch(self.student, micro == batch.micro_batches - 1)
-            terms = self.learn(self.loss_scale.scale, *self.objective.inputs(batch, micro, targets))
-            sums = {name: sums[name] + term if sums else term for name, term in terms.items()}
+        temperature = scalars.pop("teacher_temperature")
+        self._batch, self._scalars = batch, Scalars(**scalars)
+        self._sums: dict[str, Tensor] = {}
+        self._targets = self.objective.targets(batch, temperature, self.look, self.balance)
+        parallel.forget_forwards(self.working)
+
+    def visit(self, micro: int) -> None:
+        """The student's losses of a micro-batch, and their gradients."""
+        parallel.last_micro_batch(self.student, micro == self._batch.micro_batches - 1)
+        terms = self.learn(self.loss_scale.scale, *self.objective.inputs(self._batch, micro, self._targets))
+        self._sums = {name: self._sums[name] + term if self._sums else term for name, term in terms.items()}
+
+    def finish(self) -> Outcome:
+        """The update."""
         self.optimiser.gather()
-        norms, finite = self.update(Scalars(**scalars))
-        return Outcome(sums, norms, finite, targets)
+        norms, finite = self.update(self._scalars)
+        outcome = Outcome(self._sums, norms, finite, self._targets)
+        del self._batch, self._targets
+        return outcome
 
     def _learn(self, scale: Tensor, *inputs: Any) -> dict[str, Tensor]:
         terms = self.objective.losses(*inputs)
@@ -112,8 +187,8 @@ class Step:
         """Every tensor that decides how a run goes on, by name; see `loaded`."""
         parts = {
             "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "centre": self.objective.state(),
+            "average": self.average.state_dict(),
+            "objective": self.objective.state(),
             "optimiser": self.optimiser.state(),
             "loss_scale": {"scale": self.loss_scale.scale, "good": self.loss_scale.good},
         }
@@ -124,19 +199,29 @@ class Step:
         self.optimiser.refresh_copies()
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Network, Network]:
-    """Student and teacher, equal at the start; the initial weights depend on the seed only."""
+def train(steps: Sequence[Step], batch: Batch, values: Sequence[Scheduled]) -> list[Outcome]:
+    """Train students on a batch together: each micro-batch is prepared, and seen by a teacher they share, once."""
+    for step, scheduled in zip(steps, values, strict=True):
+        step.begin(batch, scheduled)
+    for micro in range(batch.micro_batches):
+        for step in steps:
+            step.visit(micro)
+    return [step.finish() for step in steps]
+
+
+def build(recipe: Recipe, device: torch.device, method: Method = SELF) -> tuple[Learner, Learner]:
+    """A student and its average, equal at the start; the initial weights depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        student = Network(recipe.backbone, recipe.heads)
-    teacher = Network(recipe.backbone, recipe.heads)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
+        student = method.network(recipe)
+    average = method.network(recipe)
+    average.load_state_dict(student.state_dict())
+    average.requires_grad_(False)
     dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
-    return student.to(device, dtype), teacher.to(device, dtype)
+    return student.to(device, dtype), average.to(device, dtype)
 
 
-def working_copy(network: Network, dtype: torch.dtype) -> Network:
+def working_copy(network: Learner, dtype: torch.dtype) -> Learner:
     """The network that computes in `dtype` for one that holds the weights: itself, if that is their type.
 
     Else a copy whose gradients are added to those of `network`, so that layers need no casts. Prototypes are shared:

@@ -23,6 +23,7 @@ from opsin.errors import OpsinError
 from opsin.machine import joules
 from opsin.pretrain import measures
 from opsin.pretrain.diagnosis import Doctor, Finding, Skips
+from opsin.pretrain.guard import Drift, Guard
 from opsin.pretrain.monitor import Metrics
 from opsin.pretrain.probe import Probe, Sample, labelled_sample
 from opsin.pretrain.recipe import Recipe
@@ -71,6 +72,10 @@ class Watch:
         self._trackers: Trackers | None = None
         self._probe: Probe | None = None
         self._images = 0
+        self.guard = Guard(recipe.monitor.guard, out)
+        self.best = False
+        """Whether the last look at the probe set was the best one of a run that began with weights."""
+        self._begun = False
 
     def __enter__(self) -> "Watch":
         return self
@@ -84,10 +89,13 @@ class Watch:
             "doctor": self.doctor.state(),
             "skips": self.skips.state(),
             "meter": {"joules": self.meter.total},
+            "guard": self.guard.state(),
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-    def begin(self, first: int, source: Source, reader: ImageReader, backbone: VisionTransformer) -> None:
+    def begin(
+        self, first: int, source: Source, reader: ImageReader, backbone: VisionTransformer, *, begun: bool = False
+    ) -> None:
         """Open the files, look at the data and, before the first step, through the untrained teacher.
 
         Args:
@@ -95,6 +103,7 @@ class Watch:
             source: the training data, which `reader` reads.
             reader: of `source`.
             backbone: the teacher's.
+            begun: whether the run began with weights, and not at random.
 
         Raises:
             OpsinError: the packages of a tracker are missing, or `monitor.labelled` has no labels.
@@ -105,7 +114,13 @@ class Watch:
         findings = self.doctor.before(sample.images)
         if monitor.probe_every:
             sample = labelled_sample(self.recipe, self.out) if monitor.labelled else sample
-            self._probe = Probe(sample, self.recipe, self.out)
+            self._probe = Probe(sample, self.recipe, self.out, Drift(self.out) if begun else None)
+            self._begun = begun
+            if self.recipe.weights and sample.labels is None:
+                self._say(
+                    "whether the features get worse than they were is not measured, since no image has a label: give "
+                    "--monitor.labelled a folder with one sub-folder per class"
+                )
         if ranks.first():
             self._metrics = Metrics(self.out / "metrics.jsonl", first)
             self._open.callback(self._metrics.close)
@@ -113,7 +128,7 @@ class Watch:
             self._open.callback(self._trackers.close)
         self._tell(findings)
         if self._probe and first == 0:
-            self._look(0, backbone)
+            self._tell(self._look(0, backbone)[1])
 
     def treated(self, values: Scheduled) -> Scheduled:
         """The scheduled values of a step, with the rates as low as the doctor has made them."""
@@ -144,7 +159,9 @@ class Watch:
         """
         record, findings = self.examine(step, outcome, values, timings)
         if self._probe_due(step):
-            record |= self._look(step, backbone)
+            found, worse = self._look(step, backbone)
+            record |= found
+            findings += worse
         if self._metrics and self._trackers:
             self._metrics.write(record)
             self._trackers.log(record)
@@ -173,11 +190,20 @@ class Watch:
         every = self.recipe.monitor.probe_every
         return every > 0 and step % every == 0
 
-    def _look(self, step: int, backbone: VisionTransformer) -> dict[str, float]:
+    def _look(self, step: int, backbone: VisionTransformer) -> tuple[dict[str, float], list[Finding]]:
         assert self._probe is not None
         found = self._probe.look(step, backbone)
         self._say(f"probe after step {step}: {', '.join(f'{name} {value:.3g}' for name, value in found.items())}")
-        return found
+        self.best = False
+        if not self._begun or "probe.knn" not in found:
+            return found, []
+        verdict = self.guard.examine(step, found["probe.knn"])
+        self.best = verdict.best
+        if verdict.worse is None:
+            return found, []
+        stop = self.recipe.monitor.policy == "stop"
+        sentence = verdict.worse + (" The run stops (monitor.policy is stop)." if stop else "")
+        return found, [Finding("worse-than-start", step, sentence, "stop" if stop else "warn")]
 
     def _tell(self, findings: Sequence[Finding]) -> None:
         """Say and write what was found; a finding that stops the run is raised last."""

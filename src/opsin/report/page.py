@@ -20,6 +20,7 @@ SECTIONS = (
     "says",
     "curves",
     "pca",
+    "norms",
     "neighbours",
     "timings",
     "versions",
@@ -37,6 +38,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     - `says`: `{"shows": [text], "shows_not": [text]}`.
     - `curves`: list of `{"title": text, "png": picture}`, from `pictures.loss_curves`.
     - `pca`: `{"columns": [text], "rows": [[picture]]}`, from `pictures.pca_grid`.
+    - `norms`: `columns` and `rows` from `pictures.norm_grid`, `histogram` from `pictures.norm_histogram`, a `table` as
+      above, and as `limit` the number of medians above which a patch is an outlier (text).
     - `neighbours`: list of `{"query": {"image", "label"}, "nearest": [{"image", "label", "match"}]}`, from
       `pictures.neighbour_rows`; a match of None marks nothing.
     - `recipe`: the YAML text.

@@ -1,18 +1,21 @@
-"""The pictures of a report, as data URIs: curves of a run's metrics, PCA of patch features, nearest neighbours."""
+"""The pictures of a report, as data URIs: curves of a run's metrics, PCA and norms of patches, nearest neighbours."""
 
 import base64
 import io
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -24,10 +27,15 @@ Pixels = NDArray[np.uint8]
 THUMBNAIL = 112
 """Longer side in pixels of a neighbour's picture."""
 PHOTO = 256
-"""Longer side in pixels of a photo beside its PCA pictures."""
+"""Longer side in pixels of a photo beside pictures of its patches."""
+NORMS = (1 / 3, 10.0)
+"""Patch norms in medians that have the darkest and the brightest colour, in every report; between them the logarithm
+counts. Outliers of large models lie at about 10."""
 
 INK = "#7a808a"  # one grey that reads on white and on near-black: the figures are transparent
 COLOURS = ("#d9663b", "#2f8fb5", "#4f9d69", "#a06cc5", "#b8912f", "#cf5f86", "#6b7fd1", "#7d8a5a")
+GLOW = colormaps["inferno"]  # of norms: even steps to the eye, also in grey
+SHADES = LogNorm(*NORMS, clip=True)
 SCHEDULES = {"rate": "Rate", "decay": "Weight decay", "momentum": "Momentum", "teacher_temperature": "Temperature"}
 
 
@@ -113,6 +121,68 @@ def pca_grid(images: Sequence[Pixels], panels: Mapping[str, Sequence[tuple[Array
             shown = np.asarray(rgb, dtype=np.float64) * np.asarray(foreground, dtype=bool)[..., None]
             row.append(png((shown * 255).round().astype(np.uint8)))
     return {"columns": ["Image", *panels], "rows": rows}
+
+
+def norm_grid(images: Sequence[Pixels], panels: Mapping[str, Sequence[ArrayLike]]) -> dict[str, Any]:
+    """A table of pictures for the report's `norms`: every image beside the norms of its patches in each panel.
+
+    All pictures have one colour scale, `NORMS`, whose legend is the strip of `norm_histogram`.
+
+    Args:
+        images: `[H, W, 3]` uint8, as the backbones saw them.
+        panels: name of a model → for every image the norms of its patches `[h, w]`, in medians of that model.
+
+    Returns:
+        `{"columns": [text], "rows": [[data URI]]}`; norm pictures have one pixel per patch.
+    """
+    rows = [[_encode(_shrunk(image, PHOTO))] for image in images]
+    for panel in panels.values():
+        for row, norms in zip(rows, panel, strict=True):
+            row.append(png(GLOW(SHADES(np.asarray(norms, dtype=np.float64)), bytes=True)[..., :3]))
+    return {"columns": ["Image", *panels], "rows": rows}
+
+
+def norm_histogram(panels: Mapping[str, ArrayLike], limit: float) -> str:
+    """How many patches have which norm, as a data URI: one line per model, above the colours of `norm_grid`.
+
+    Args:
+        panels: name of a model → norms of its patches, of any shape, in medians of that model; what lies beyond a
+            hundredth and a hundred medians is counted at the ends.
+        limit: where outliers begin, in medians: marked.
+    """
+    norms = {name: np.asarray(values, dtype=np.float64).clip(0.01, 100).ravel() for name, values in panels.items()}
+    low = min(NORMS[0], *(values.min() for values in norms.values()))
+    high = max(NORMS[1], *(values.max() for values in norms.values()))
+    bins = np.geomspace(low, high, 61)
+    figure, (axes,) = _figure(1, 1)
+    for colour, (name, values) in zip(itertools.cycle(COLOURS), norms.items()):
+        axes.stairs(np.histogram(values, bins)[0], bins, color=colour, linewidth=1.6, label=name)
+    axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "outliers", (limit, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+        color=INK, fontsize=9,
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom=0.7)
+    axes.set_ylabel("patches", color=INK, fontsize=9)
+    axes.tick_params(which="both", labelbottom=False, length=0)
+    _legend(figure, norms)
+
+    strip = axes.inset_axes((0, -0.11, 1, 0.06))
+    edges = np.geomspace(low, high, 257)
+    strip.pcolormesh(edges, [0, 1], np.sqrt(edges[:-1] * edges[1:])[None], cmap=GLOW, norm=SHADES, rasterized=True)
+    strip.set_xscale("log")
+    strip.set_xlim(low, high)
+    strip.set_yticks([])
+    strip.spines[:].set_visible(False)
+    strip.set_xticks([tick for tick in (0.01, 0.1, 1 / 3, 1, 3, 10, 30, 100) if low <= tick <= high])
+    strip.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: "1/3" if 0.3 < tick < 0.4 else f"{tick:g}"))
+    strip.xaxis.set_minor_locator(NullLocator())
+    strip.tick_params(colors=INK, labelsize=9)
+    strip.set_xlabel("norm / median", color=INK, fontsize=9)
+    return _save(figure, few_colours=False)
 
 
 def neighbour_rows(
@@ -206,15 +276,15 @@ def _chart(title: str, series: Mapping[str, Series]) -> str:
         axes.set_yscale("log")
     axes.set_xlabel("step", color=INK, fontsize=9)
     if len(series) > 1:
-        figure.legend(
-            loc="outside upper left",
-            frameon=False,
-            fontsize=9,
-            labelcolor=INK,
-            handlelength=1.2,
-            ncols=min(3, len(series)),
-        )
+        _legend(figure, series)
     return _save(figure)
+
+
+def _legend(figure: Figure, names: Collection[str]) -> None:
+    columns = min(3, len(names), 50 // (max(map(len, names)) + 4))  # about what fits the width
+    figure.legend(
+        loc="outside upper left", frameon=False, fontsize=9, labelcolor=INK, handlelength=1.2, ncols=max(1, columns)
+    )
 
 
 def _small_multiples(series: Mapping[str, Series]) -> str:
@@ -244,8 +314,9 @@ def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _save(figure: Figure) -> str:
+def _save(figure: Figure, few_colours: bool = True) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", transparent=True)
-    # A palette of 128 colours keeps the antialiasing and a third of the bytes.
-    return _encode(Image.open(buffer).quantize(128, Image.Quantize.FASTOCTREE))
+    drawn = Image.open(buffer)
+    # A palette of 128 colours keeps the antialiasing and a third of the bytes; colours that run it would tear in bands.
+    return _encode(drawn.quantize(128, Image.Quantize.FASTOCTREE) if few_colours else drawn)

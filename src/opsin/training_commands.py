@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from opsin.distill.run import Lesson
+from opsin.errors import OpsinError
 from opsin.pretrain.presets import DISTILL
 from opsin.pretrain.recipe import Recipe
 
@@ -70,8 +71,8 @@ def pretrain(settings: Recipe) -> Callable[..., int]:
     return command
 
 
-def distill(settings: Recipe) -> Callable[..., int]:
-    """The `distill` command, with the fields of `settings` as its options and their defaults."""
+def distill(defaults: Recipe) -> Callable[..., int]:
+    """The `distill` command, with the fields of `defaults` as its options and their defaults."""
 
     def command(
         data: Data,
@@ -80,7 +81,7 @@ def distill(settings: Recipe) -> Callable[..., int]:
         students: tuple[str, ...],
         lesson: Annotated[Lesson, tyro.conf.arg(name="")] = Lesson(),  # noqa: B008
         recipe: str = DISTILL,  # read before the other options, whose defaults it gives: see cli.py
-        settings: Annotated[Recipe, tyro.conf.arg(name="")] = settings,
+        settings: Annotated[Recipe, tyro.conf.arg(name="")] = defaults,
         device: str | None = None,
         accept_changes: bool = False,
         report: bool = True,
@@ -104,6 +105,11 @@ def distill(settings: Recipe) -> Callable[..., int]:
         """
         from opsin.distill.run import distill
 
+        if settings != defaults and all(name.endswith((".yaml", ".yml")) for name in students):
+            raise OpsinError(
+                "options of the recipe are for students that are named by architecture, and --students are all recipe "
+                "files: change these."
+            )
         finished = distill(teacher, lesson, students, settings, data, out, device=device, accept_changes=accept_changes)
         for each in finished:
             if each.stopped_by is not None:

@@ -48,7 +48,8 @@ def recipes(students: Sequence[str], settings: Recipe) -> dict[str, Recipe]:
                 "recipe file."
             )
         _check_distillable(recipe, name)
-        found[name] = recipe
+        # Students are small, and a teacher's view is shared by processes that hold whole ones.
+        found[name] = replace(recipe, parallel=replace(recipe.parallel, mode="replicate"))
     if not found:
         raise OpsinError("--students is empty: give names of architectures or recipe files.")
     first, *others = found

@@ -64,6 +64,13 @@ def steps(out: Path) -> list[int]:
     return sorted(int(step) for step in found if step.isdecimal())
 
 
+def remove_after(out: Path, last: int) -> None:
+    """Remove the checkpoints of later steps than `last`, which other runs that go on with this one do not have."""
+    for step in steps(out):
+        if step > last:
+            _remove(folder(out) / f"step-{step:08d}")
+
+
 def what_is_left(out: Path) -> str:
     """For a sentence about a run that ended: what it can go on from."""
     done = steps(out)

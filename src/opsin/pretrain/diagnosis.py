@@ -136,8 +136,8 @@ class Skips:
 class Doctor:
     """Names what is wrong with a run, and holds the factor of its rate."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.policy, self.device = recipe, recipe.monitor, device
+    def __init__(self, recipe: Recipe, device: torch.device, *, replay: bool = True) -> None:
+        self.recipe, self.policy, self.device, self._replay = recipe, recipe.monitor, device, replay
         self.lowered = torch.zeros((), dtype=torch.float64)
         """How many times the rate was lowered."""
         self._awake = torch.zeros((), dtype=torch.float64)
@@ -302,18 +302,20 @@ class Doctor:
             *([f"the gradients of {', '.join(gradients)}"] if gradients else []),
         ]
         sentence = (
-            f"in step {step} {' and '.join(seen)} were NaN or infinite, which began in {began}; the step was left out. "
-            f"The same command with --replay {step} says in which module, and on which images."
+            f"in step {step} {' and '.join(seen)} were NaN or infinite, which began in {began}; the step was left out."
         )
+        if self._replay:
+            sentence += f" The same command with --replay {step} says in which module, and on which images."
         return [Finding("not-finite", step, sentence, "skip")]
 
     def _give_up(self, skipped: Skipped, name: str) -> Finding:
         sentence = (
             f"the gradients were NaN or infinite in {skipped.row} steps in a row, the last is step {skipped.last}, and "
             f"max_skipped is {self.recipe.max_skipped}: the run stops, and the weights are those from before. Lower "
-            f"--schedule.rate, or train with --precision bf16 or fp32. The same command with --replay {skipped.last} "
-            "says where it begins."
+            "--schedule.rate, or train with --precision bf16 or fp32."
         )
+        if self._replay:
+            sentence += f" The same command with --replay {skipped.last} says where it begins."
         return Finding(name, skipped.last, sentence, "stop")
 
     def _starvation(self, record: Mapping[str, float]) -> list[Finding]:

@@ -111,7 +111,7 @@ def run(
     """Train students on the images of `data`, all on the same batches, and leave everything about each in its folder.
 
     Args:
-        jobs: one, or several that agree on all that decides steps and batches, see `shared`.
+        jobs: one, or several whose recipes agree on all that decides steps and batches.
         data: see `scan`: a folder of any depth, a list, shards, here or in a bucket.
         root: folder of what the runs share: the listing of the images, and which were unreadable.
         device: "cuda", "mps" or "cpu"; by default the first of these that is there.
@@ -138,6 +138,8 @@ def run(
             for job in jobs:
                 stack.enter_context(only_run(job.out))
             first = _finished_steps(jobs)
+            for job in jobs:
+                checkpoint.remove_after(job.out, first)
             if first > recipe.steps:
                 raise OpsinError(f"{root} holds a run of {first} steps already: give --steps {first} or more.")
             channels = recipe.backbone.channels
@@ -164,7 +166,7 @@ def run(
         terminal.say(beginning.said)
 
         runs = [
-            stack.enter_context(_Run(job, on, spread, first, terminal))
+            stack.enter_context(_Run(job, on, spread, first, terminal, alone=len(jobs) == 1))
             for job, spread in zip(jobs, beginning.spreads, strict=True)
         ]
         reader = stack.enter_context(
@@ -207,14 +209,12 @@ def run(
                 terminal.show({each.name: each.record(step, outcome, value, timings) for each, outcome, value in seen})
                 waited, logged, clock = 0.0, step, time.perf_counter()
             if step % recipe.checkpoint.every == 0:
-                for each in runs:
-                    each.save(step)
+                _save(runs, step)
                 saved = step
             ended_by = stop.agreed(any(each.failed for each in runs))
 
-        for each in runs:
-            if saved != step:
-                each.save(step)
+        if saved != step:
+            _save(runs, step)
         for each in runs:
             each.checkpoints.wait()
         if step == recipe.steps:
@@ -225,28 +225,41 @@ def run(
         return [Finished(job.out, step, None if step == recipe.steps else ended_by) for job in jobs]
 
 
+def _save(runs: Sequence["_Run"], step: int) -> None:
+    """Begin to write the checkpoints of a step, once all runs have those of the step before."""
+    for each in runs:
+        each.checkpoints.wait()
+    for each in runs:
+        each.save(step)
+
+
 class _Run:
     """One student's part of `run`: its step, its watch and its checkpoints. As a context, it closes them."""
 
-    def __init__(self, job: Job, device: torch.device, spread: parallel.Spread, first: int, terminal: Terminal) -> None:
+    def __init__(
+        self, job: Job, device: torch.device, spread: parallel.Spread, first: int, terminal: Terminal, *, alone: bool
+    ) -> None:
+        def say(text: str) -> None:
+            terminal.say(text if alone else f"{job.out.name}: {text}")
+
         self.job, self.name, self.recipe, self.first = job, job.out.name, job.recipe, first
         start = Start(job.recipe, job.before, job.fresh)
         self.step = Step(job.recipe, device, spread, None if first else start.networks, job.method)
         self._open = contextlib.ExitStack()
-        self.watch = self._open.enter_context(Watch(job.recipe, job.out, device, terminal.say))
+        self.watch = self._open.enter_context(Watch(job.recipe, job.out, device, say, replay=job.method is SELF))
         own = self.step.state()
         state = own | self.watch.state()
-        self.checkpoints = self._open.enter_context(
-            Checkpoints(job.out, state, job.recipe.backbone, job.recipe.checkpoint.keep)
-        )
+        # Of several runs one may be killed before the others have saved a step: two steps back, all have.
+        keep = job.recipe.checkpoint.keep if alone else max(2, job.recipe.checkpoint.keep)
+        self.checkpoints = self._open.enter_context(Checkpoints(job.out, state, job.recipe.backbone, keep))
         if first:
             self.checkpoints.load(first)
             start.said.append(f"going on from the checkpoint of step {first}")
         else:
             start.rest(own)
         for sentence in start.said:
-            terminal.say(sentence)
-        terminal.say(self.checkpoints.self_test())
+            say(sentence)
+        say(self.checkpoints.self_test())
         self.step.loaded()  # all processes have read what one of them wrote: they begin with the same bits
 
     def __enter__(self) -> "_Run":
@@ -264,7 +277,7 @@ class _Run:
         self.watch.begin(self.first, source, reader, self.step.working.backbone, begun=begun)
         self._keep_best(self.first)
 
-    def values(self, step: int) -> Any:
+    def values(self, step: int) -> Scheduled:
         """The scheduled values of a step, as the doctor lets them be."""
         recipe = self.recipe
         return self.watch.treated(scheduled(recipe.schedule, step, recipe.steps, recipe.batch.size))
@@ -301,11 +314,10 @@ class _Run:
         if not ranks.first():
             return
         copy(checkpoint.folder(out) / f"step-{step:08d}" / BACKBONE, out / BACKBONE)
-        names = [name for name in Stored(out).forms if name.startswith("average.") and "_head." in name]
+        stored = Stored(out)
+        names = [name for name in stored.forms if name.startswith("average.") and "_head." in name]
         if names:
-            stored, heads = Stored(out), {}
-            for name in names:
-                heads[name.removeprefix("average.")] = stored.tensor(name)
+            heads = {name.removeprefix("average."): stored.tensor(name) for name in names}
             save_heads(out / HEADS, heads, self.recipe.heads, self.recipe.backbone.width)
 
 
@@ -316,7 +328,18 @@ def origin(job: Job) -> dict[str, Any]:
 
 
 def _finished_steps(jobs: Sequence[Job]) -> int:
-    """The last step that all of the runs have a checkpoint of; 0 if there is none."""
+    """The last step that all of the runs have a checkpoint of; 0 if there is none.
+
+    Raises:
+        OpsinError: some of the runs have begun without the others.
+    """
+    new = [job.out.name for job in jobs if not (job.out / "run.json").exists()]
+    old = [job.out.name for job in jobs if checkpoint.steps(job.out)]
+    if new and old:
+        raise OpsinError(
+            f"{jobs[0].out.parent} holds runs of {', '.join(old)} and none of {', '.join(new)}, and students who share "
+            "their teacher begin together: train the new ones in another --out."
+        )
     common = set.intersection(*(set(checkpoint.steps(job.out)) for job in jobs))
     return max(common, default=0)
 

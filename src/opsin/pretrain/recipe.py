@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -69,10 +70,10 @@ class Phase:
             raise OpsinError(f"a phase is called {self.name!r}: give a name of letters, digits, - and _.")
         self.count()
 
-    def count(self) -> tuple[float, str]:
+    def count(self) -> tuple[Fraction, str]:
         """The length as a number and its unit; no unit if the recipe's `steps` are meant."""
         if not self.length:
-            return 0, ""
+            return Fraction(0), ""
         found = re.fullmatch(r"([\d_.]+(?:[eE]\+?\d+)?) ?(steps?|epochs?|images?)", self.length.strip())
         try:
             number = float(found[1]) if found else 0.0
@@ -83,7 +84,7 @@ class Phase:
                 f"the length of phase {self.name} is {self.length!r}: give a number and a unit, such as '500 steps', "
                 "'2 epochs' or '1e6 images'."
             )
-        return number, found[2].rstrip("s")
+        return Fraction(found[1]), found[2].rstrip("s")
 
     def steps(self, recipe: "Recipe", images: int | None) -> int:
         """The length in steps of `recipe`, on so many images; None if there are none to count."""
@@ -281,7 +282,8 @@ def _structured(tree: Mapping[str, Any], where: str) -> Recipe:
         raise OpsinError(f"{where}: {error}") from None
     except Exception as error:
         reasons = cattrs.transform_error(error, path="recipe", format_exception=_reason)
-        raise OpsinError(f"{where} is not a recipe: {'; '.join(reasons)}") from None
+        told = "; ".join(reason.removesuffix(" @ recipe") for reason in reasons)
+        raise OpsinError(f"{where} is not a recipe: {told}") from None
 
 
 def to_yaml(recipe: Recipe) -> str:

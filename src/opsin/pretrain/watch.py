@@ -62,11 +62,14 @@ class Watch:
         out: its folder.
         device: that trains.
         say: tells the user a sentence.
+        replay: whether a step of the run can be run again.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, device: torch.device, say: Callable[[str], None], *, replay: bool = True
+    ) -> None:
         self.recipe, self.out, self._say = recipe, out, say
-        self.doctor, self.skips, self.meter = Doctor(recipe, device), Skips(device), Meter(device)
+        self.doctor, self.skips, self.meter = Doctor(recipe, device, replay=replay), Skips(device), Meter(device)
         self._open = ExitStack()
         self._metrics: Metrics | None = None
         self._trackers: Trackers | None = None

@@ -87,6 +87,8 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     charts: list[tuple[str, dict[str, str]]] = [
         ("Loss", {"loss": ""}),
         ("DINO and iBOT losses", {"loss.dino_local": "local", "loss.dino_global": "global", "loss.ibot": "iBOT"}),
+        ("Distance to the teacher's features", {"loss.cls": "class tokens", "loss.patch": "patches"}),
+        ("Gram anchoring", {"loss.gram": "Gram"}),
         ("KoLeo loss", {"loss.koleo": ""}),
         ("kNN accuracy", {"knn": ""}),
         ("Gradient norm", {key: key.removeprefix("grad_norm.") for key in norms}),

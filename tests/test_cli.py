@@ -8,15 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import opsin
+from opsin.backbone import weights
+from opsin.backbone.registry import architecture
+from opsin.backbone.vit import VisionTransformer
 from opsin.cli import COMMANDS, main
-from opsin.pretrain.presets import PRESETS
+from opsin.pretrain.presets import PRESETS, preset
+from opsin.pretrain.recipe import from_yaml, read
 
 SMALL = {
     "steps": 4,
@@ -423,3 +430,161 @@ def test_features_on_a_full_disk_lose_nothing(photos, finished, tmp_path, refuse
     assert not out.exists()
     assert main(line) == 0
     assert out.exists()
+
+
+# ---- phases, and weights to begin with
+
+
+def test_a_recipe_is_printed_to_be_changed(capsys):
+    for name in PRESETS:
+        assert main(["recipes", "--show", name]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        assert from_yaml(printed.out, name) == preset(name)
+
+
+CHANGED_BY_PHASES = ("--crops.global-size", "--crops.local-size", "--backbone.grid")
+PHASED = ["--recipe", "cpu-phases", *TINY[2:]]
+for _option in CHANGED_BY_PHASES:
+    PHASED[PHASED.index(_option)] = _option.replace("--", "--phases.pretrain.")
+PHASED += [
+    "--phases.pretrain.length",
+    "2 steps",
+    "--phases.anchor.length",
+    "8 images",
+    "--phases.high-res.length=1 step",
+]
+PHASED += ["--phases.high-res.crops.global-size", "24", "--phases.high-res.crops.local-size", "16"]
+PHASED += ["--phases.high-res.backbone.grid", "3"]
+
+
+def test_phases_run_through_the_command(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    line = ["pretrain", "--data", str(photos), "--out", str(out), *PHASED, "--phases.anchor.gram.scale", "2"]
+    assert main(line) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"backbone: {out / 'backbone.safetensors'}\n"
+    said = printed.err
+    assert "phase 1 of 3, 1-pretrain: 2 steps; crops.global_size 16, crops.local_size 8, backbone.grid 2\n" in said
+    assert "phase 2 of 3, 2-anchor: 1 steps; gram.weight 2.0, schedule.rate 0.002, gram.scale 2\n" in said
+    assert "phase 3 of 3, 3-high-res: 1 steps; crops.global_size 24" in said
+    assert f"from {out / '1-pretrain'}: backbone, heads, optimiser" in said
+    assert f"from {out / '2-anchor'}: backbone, heads, positions resampled to 3×3" in said
+    assert read(out / "3-high-res" / "recipe.yaml").crops.global_size == 24
+    assert (
+        main(
+            [
+                "features",
+                "--weights",
+                str(out / "backbone.safetensors"),
+                "--data",
+                str(photos),
+                "--out",
+                str(tmp_path / "f.parquet"),
+                "--size",
+                "16",
+                "--device",
+                "cpu",
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert main(line) == 0
+    assert capsys.readouterr().err.count(", which are done") == 3
+    said = only_sentence_of([*line, "--phases.anchor.gram.weight", "3"], capsys)
+    assert said.startswith(f"{out / '2-anchor'} holds a run that differs in gram.weight (2.0 then, 3.0 now)")
+
+
+def only_sentence_of(line: list[str], capsys) -> str:
+    assert main(line) == 2
+    return only_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--phases.hires.length=3", "unknown phase 'hires': did you mean 'high-res'?"),
+        ("--phases.continue.length=3", "unknown phase 'continue': known: anchor, high-res, pretrain."),
+        (
+            "--phases.anchor.length=3",
+            "the length of phase anchor is '3': give a number and a unit, such as",
+        ),
+        ("--phases.anchor=3", "--phases.anchor needs a field and a value, such as --phases.anchor.length '500 steps'."),
+        ("--phases.anchor.length", "--phases.anchor.length needs a field and a value, such as --phases.anchor.length"),
+        ("--phases.anchor.length --recipe cpu-phases", "the length of phase anchor is '--recipe'"),
+        ("--phases.anchor.steps=3", "phase anchor changes steps: give its length instead, such as length: 500 steps."),
+        (
+            "--phases.anchor.schedule.rat=3",
+            "phase anchor: unknown field 'schedule.rat': did you mean 'schedule.rate'?",
+        ),
+        (
+            "--phases.high-res.backbone.width=32",
+            "phase high-res changes backbone.width from 128 to 32, and",
+        ),
+        ("--phases.anchor.weights=x.pth", "phase anchor changes weights, but begins with those of the phase before"),
+        (
+            "--schedule.rate 1",
+            "--schedule.rate is changed by phase anchor, so one value would not hold for the whole run: give "
+            "--phases.anchor.schedule.rate.",
+        ),
+        ("--crops.global-size=24", "--crops.global-size is changed by phase high-res, so one value would not hold"),
+    ],
+)
+def test_what_phases_cannot_take(photos, tmp_path, refused, options, said):
+    out = tmp_path / "run"
+    found = refused("pretrain", "--recipe", "cpu-phases", "--data", photos, "--out", out, *options.split())
+    assert said in found
+    assert not out.exists()
+
+
+def test_the_rate_of_continued_is_changed_phase_by_phase(photos, tmp_path, refused):
+    said = refused(
+        "pretrain", "--recipe", "continued", "--data", photos, "--out", tmp_path / "run", "--schedule.rate=1"
+    )
+    assert said == (
+        "--schedule.rate is changed by phase continue, so one value would not hold for the whole run: give "
+        "--phases.continue.schedule.rate."
+    )
+
+
+def test_no_phases_to_change(photos, tmp_path, refused):
+    said = refused(*pretrain(photos, tmp_path / "run", "--phases.one.length=3"))
+    assert said.startswith("unknown phase 'one'")
+
+
+def begin_with(weights: object, init: str = "vit_nano8") -> list[str]:
+    options = ["--init", init, "--weights", str(weights), "--device", "cpu", "--no-report", "--data.upsample"]
+    options += ["--batch.size", "8", "--batch.micro", "0", "--batch.group", "4", "--crops.global-size", "16"]
+    options += ["--crops.local-size", "8", "--crops.local-count", "1", "--heads.dino-prototypes", "32"]
+    options += ["--heads.ibot-prototypes", "32", "--heads.hidden", "16", "--precision", "fp32", "--data.workers", "1"]
+    return [*options, "--phases.heads.length", "1 step", "--phases.continue.length", "1 step"]
+
+
+def test_continued_pretraining_begins_with_weights_and_trains_heads_first(photos, tmp_path, capsys):
+    file, out = tmp_path / "nano.safetensors", tmp_path / "run"
+    weights.save(VisionTransformer(replace(architecture("vit_nano8"), grid=2)), file)
+    assert main(["pretrain", "--data", str(photos), "--out", str(out), *begin_with(file)]) == 0
+    said = capsys.readouterr().err
+    assert "phase 1 of 2, 1-heads: 1 steps; train heads\n" in said
+    assert f"student and teacher begin with {file}" in said
+    assert f"from {out / '1-heads'}: backbone, heads, loss scale; fresh: optimiser" in said
+    first = load_file(out / "1-heads" / "backbone.safetensors")
+    for name, tensor in load_file(file).items():
+        assert torch.equal(first[name], tensor) or name == "pos_embed", name
+    assert first["pos_embed"].shape[1] == 1 + 8 * 8  # resampled to the grid of the architecture that --init names
+
+
+def test_weights_to_begin_with_that_do_not_fit(photos, finished, tmp_path, refused):
+    line = ["pretrain", "--data", photos, "--out", tmp_path / "run"]
+    said = refused(*line, "--init", "dinov2_vits14")
+    assert said == "--init dinov2_vits14 names an architecture: give --weights PATH with it, the file of its weights."
+    said = refused(*line, *begin_with("x.pth", "dinov2_vits15"))
+    assert said.startswith("unknown backbone 'dinov2_vits15': did you mean 'dinov2_vits")
+    said = refused(*line, *begin_with(tmp_path / "nothing.pth"))
+    assert "nothing.pth" in said
+    said = refused(*line, *begin_with(finished / "backbone.safetensors"))
+    assert f"{finished / 'backbone.safetensors'} holds a backbone of width 16" in said
+    assert "--init" in said

@@ -119,6 +119,11 @@ def _with_phases(settings: Recipe, arguments: list[str]) -> tuple[Recipe, list[s
         option, _, value = word.partition("=")
         if not option.startswith("--phases."):
             rest.append(word)
+            if option == "--steps" and phases and all(phase.length for phase in phases.values()):
+                raise OpsinError(
+                    f"every phase of this recipe has a length of its own, so --steps would say nothing: give "
+                    f"--phases.{next(iter(phases))}.length '500 steps', and so for the others."
+                )
             changing = [phase for phase in phases.values() if option[2:].replace("-", "_") in phase.change]
             if option.startswith("--") and changing:
                 raise OpsinError(

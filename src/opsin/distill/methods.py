@@ -14,6 +14,7 @@ from opsin.data.crops import Kind
 from opsin.data.stream import Batch
 from opsin.distill.matching import MatchedNetwork, Matching
 from opsin.distill.teacher import Teacher
+from opsin.pretrain.anchor import Anchor
 from opsin.pretrain.objective import Learner, LossRecipe, Network, Objective, StepTargets
 from opsin.pretrain.recipe import Recipe
 
@@ -62,7 +63,9 @@ class ByPrototypes:
         """A backbone with its heads."""
         return Network(recipe.backbone, recipe.heads)
 
-    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Guided:  # noqa: ARG002
+    def objective(
+        self, recipe: Recipe, student: Learner, _average: Learner, dtype: torch.dtype, _anchor: Anchor | None
+    ) -> Guided:
         """DINO, iBOT and KoLeo against the frozen teacher."""
         assert isinstance(student, Network)
         return Guided(recipe.loss, student, self.teacher, dtype)
@@ -109,7 +112,9 @@ class ByFeatures:
         """A backbone with its projection."""
         return MatchedNetwork(recipe.backbone, self.teacher.width)
 
-    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Followed:  # noqa: ARG002
+    def objective(
+        self, _recipe: Recipe, student: Learner, _average: Learner, dtype: torch.dtype, _anchor: Anchor | None
+    ) -> Followed:
         """Class and patch tokens."""
         assert isinstance(student, MatchedNetwork)
         return Followed(student, self.teacher, dtype)

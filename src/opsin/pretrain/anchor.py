@@ -23,9 +23,12 @@ class Anchor:
         recipe: how it is used.
         teacher: the teacher's backbone at the start, whole, whose place and form it takes.
         dtype: of the products.
+        device: that computes.
     """
 
-    def __init__(self, recipe: GramRecipe, teacher: VisionTransformer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, recipe: GramRecipe, teacher: VisionTransformer, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.recipe, self.dtype = recipe, dtype
         backbone = copy.deepcopy(teacher)
         if recipe.anchor != START:
@@ -33,7 +36,7 @@ class Anchor:
                 weights.adapt(backbone, recipe.anchor)
             except OpsinError as error:
                 raise OpsinError(f"gram.anchor: {error}") from None
-        self.backbone = backbone.to(dtype).requires_grad_(False)
+        self.backbone = backbone.to(device, dtype).requires_grad_(False)
 
     @torch.no_grad()
     def patches(self, batch: Batch, micro: int) -> Tensor:

@@ -69,7 +69,7 @@ class Finished:
     step: int
     """Finished steps."""
     stopped_by: int | None
-    """The signal that stopped it before its last step, if one did."""
+    """The signal that ended it, if one did: maybe in its last step, and then nothing else should begin."""
 
     @property
     def backbone(self) -> Path:
@@ -132,7 +132,7 @@ def run(
         def begin() -> Beginning:
             for folder in dict.fromkeys([root, *(job.out for job in jobs)]):
                 make_folder(folder)
-            _check_masks(recipe)
+            check_masks(recipe)
             spreads = [_spread(job.recipe, on) for job in jobs]
             source = scan(data, root / "cache", not quiet, recipe.data.bad_shards)
             for job in jobs:
@@ -144,7 +144,7 @@ def run(
                 raise OpsinError(f"{root} holds a run of {first} steps already: give --steps {first} or more.")
             channels = recipe.backbone.channels
             summary = summarise(source, workers=recipe.data.threads(), progress=not quiet, channels=channels)
-            _check_sizes(recipe, source, summary)
+            check_sizes(recipe, source, summary)
             settings = {"resumed": first > 0, "accept_changes": accept_changes}
             told, files = [str(summary)], []
             for job, spread in zip(jobs, spreads, strict=True):
@@ -222,7 +222,7 @@ def run(
                 each.leave(step)
         else:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
-        return [Finished(job.out, step, None if step == recipe.steps else ended_by) for job in jobs]
+        return [Finished(job.out, step, ended_by) for job in jobs]
 
 
 def _save(runs: Sequence["_Run"], step: int) -> None:
@@ -352,20 +352,27 @@ def _spread(recipe: Recipe, device: torch.device) -> parallel.Spread:
     return parallel.choose(recipe.parallel, needed, ranks.count(), ranks.on_this_node(), memory)
 
 
-def _check_masks(recipe: Recipe) -> None:
+def check_masks(recipe: Recipe) -> None:
     """Refuse settings with which the patch loss would silently be zero."""
-    masks, side = recipe.masks, recipe.crops.global_size // recipe.backbone.patch
+    masks = recipe.masks
     if recipe.loss.ibot == 0 or masks.probability == 0 or masks.ratio[1] == 0:
         return
-    if not draw_masks(masks, recipe.seed, 0, np.arange(8), 2 * recipe.batch.group, (side, side)).any():
-        raise OpsinError(
-            f"no mask fits the {side}×{side} patches of a global crop, so the patch loss would be nothing: enlarge "
-            "crops.global_size, lower masks.min_block, or set loss.ibot to 0."
-        )
+    for side in (side // recipe.backbone.patch for side in _global_sides(recipe)):
+        if not draw_masks(masks, recipe.seed, 0, np.arange(8), 2 * recipe.batch.group, (side, side)).any():
+            raise OpsinError(
+                f"no mask fits the {side}×{side} patches of a global crop, so the patch loss would be nothing: enlarge "
+                "crops.global_size, lower masks.min_block, or set loss.ibot to 0."
+            )
 
 
-def _check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:
-    side, smallest = recipe.crops.global_size, min(summary.width[0], summary.height[0])
+def _global_sides(recipe: Recipe) -> list[int]:
+    """Sides of the global crops that steps may have, in pixels."""
+    return [side for side, _, _ in recipe.crops.mixture] or [recipe.crops.global_size]
+
+
+def check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:
+    """Refuse images that a global crop would enlarge, unless the recipe accepts this."""
+    side, smallest = max(_global_sides(recipe)), min(summary.width[0], summary.height[0])
     if not recipe.data.upsample and 0 < smallest < side:
         raise OpsinError(
             f"the smallest image of {source.root} has a side of {smallest} pixels, below the global crop of {side}: "

@@ -161,6 +161,8 @@ class Objective:
 
         `look` and `balance` are recordings of the methods of these names.
         """
+        if self.anchor is not None:
+            self.anchor.follow(batch.step, self.teacher.backbone)
         look, balance = look or self.look, balance or self.balance
         views = []
         for micro in range(batch.micro_batches):

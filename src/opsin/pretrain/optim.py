@@ -230,14 +230,6 @@ class AdamW:
         """Tensors that a checkpoint keeps."""
         return {"count": self.count, **self.moments}
 
-    @torch.no_grad()
-    def refresh_copies(self) -> None:
-        """Make the copies again, after weights were changed by another hand, such as a checkpoint's."""
-        for slot in self.slots.values():
-            if slot.copies is not None:
-                slot.copies[0].copy_(slot.weight)
-                slot.copies[1].copy_(slot.teacher)
-
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from rich.console import Console
 
 from opsin import ranks
-from opsin.data.sources import scan
+from opsin.data.sources import scan, summarise
 from opsin.errors import OpsinError
 from opsin.machine import pick_device
 from opsin.pretrain import checkpoint
 from opsin.pretrain.folder import RECIPE, check_same, copy, disk_errors, make_folder, write
-from opsin.pretrain.loop import BACKBONE, HEADS, Finished, Job, run
+from opsin.pretrain.loop import BACKBONE, HEADS, Finished, Job, check_masks, check_sizes, run
 from opsin.pretrain.recipe import Recipe, Stage, stages, to_yaml
 
 
@@ -107,11 +107,14 @@ def _prepared(recipe: Recipe, data: str | Path, out: Path, *, accept_changes: bo
         raise OpsinError(f"{out} holds a run without phases, and this recipe has some: give another --out.")
     source = scan(data, out / "cache", not quiet, recipe.data.bad_shards)
     found = stages(recipe, len(source))
+    summary = summarise(source, workers=recipe.data.threads(), progress=not quiet, channels=recipe.backbone.channels)
     for stage, folder in zip(found, folders(recipe, out), strict=True):
         if checkpoint.steps(folder) and not accept_changes:
             check_same(stage.recipe, folder)
         try:
             stage.recipe.stream()
+            check_masks(stage.recipe)
+            check_sizes(stage.recipe, source, summary)
             stage.recipe.batch.split(ranks.count())
         except OpsinError as error:
             raise OpsinError(f"phase {folder.name}: {error}") from None

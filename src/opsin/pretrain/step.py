@@ -60,7 +60,9 @@ class Method(Protocol):
         """A new student."""
         ...
 
-    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Any:
+    def objective(
+        self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype, anchor: Anchor | None
+    ) -> Any:
         """What is to be minimised, with the methods of `Objective`: look, balance, targets, inputs, losses, state."""
         ...
 
@@ -74,13 +76,12 @@ class SelfDistillation:
         """A backbone with its heads."""
         return Network(recipe.backbone, recipe.heads)
 
-    def objective(self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype) -> Objective:
-        """DINO, iBOT and KoLeo, and Gram anchoring if the recipe has it; networks are whole when this is called."""
+    def objective(
+        self, recipe: Recipe, student: Learner, average: Learner, dtype: torch.dtype, anchor: Anchor | None
+    ) -> Objective:
+        """DINO, iBOT and KoLeo, and Gram anchoring if there is an anchor."""
         assert isinstance(student, Network)
         assert isinstance(average, Network)
-        # A backbone that learns nothing cannot drift away from anything.
-        anchored = recipe.gram.weight > 0 and recipe.train == "all"
-        anchor = Anchor(recipe.gram, average.backbone, dtype) if anchored else None
         return Objective(recipe.loss, student, average, dtype, anchor)
 
 
@@ -121,7 +122,9 @@ class Step:
         working = self.student, self.average
         if grid is None:
             working = working_copy(self.student, self.dtype), working_copy(self.average, self.dtype)
-        self.objective = method.objective(recipe, *working, self.dtype)
+        # While the average is whole and as it begins. A backbone that learns nothing cannot drift away from anything.
+        anchored = recipe.gram.weight > 0 and recipe.train == "all"
+        anchor = Anchor(recipe.gram, working[1].backbone, self.dtype, device) if anchored else None
         for network in working:
             fuse(network.backbone)
         if recipe.train == "all":
@@ -129,6 +132,8 @@ class Step:
         if grid is not None:
             for network in working:
                 parallel.shard(network, grid, self.dtype)
+        self.objective = method.objective(recipe, *working, self.dtype, anchor)
+        self._computing = tuple(zip((self.student, self.average), working, strict=True))
         self.working = working[1]
         """The average as it computes: in the precision of the products, maybe sharded."""
         shards = parallel.shard_group(grid)
@@ -196,7 +201,11 @@ class Step:
 
     def loaded(self) -> None:
         """To be called after a checkpoint was copied into the tensors of `state`."""
-        self.optimiser.refresh_copies()
+        # All copies, not only those of the optimiser's slots: a backbone that does not learn has none.
+        for network, copied in self._computing:
+            for master, low in zip(network.parameters(), copied.parameters(), strict=True):
+                if low is not master:
+                    low.data.copy_(master.data)
 
 
 def train(steps: Sequence[Step], batch: Batch, values: Sequence[Scheduled]) -> list[Outcome]:

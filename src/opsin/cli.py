@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import tyro
 import yaml
@@ -96,6 +96,10 @@ def _settings(name: str, arguments: list[str]) -> tuple[Recipe, list[str]]:
     init, weights = _value_of("--init", arguments), _value_of("--weights", arguments)
     if name == "pretrain" and init is not None and _value_of("--recipe", arguments) is None:
         arguments = ["--recipe", CONTINUED, *arguments]
+    if name == "pretrain" and weights is not None and _value_of("--recipe", arguments) is None and init is None:
+        raise OpsinError(
+            "--weights needs --init NAME, the architecture of the file, or a --recipe whose backbone it fits."
+        )
     settings = preset(_value_of("--recipe", arguments) or (DISTILL if name == "distill" else "cpu"))
     if init is not None:
         if weights is None:
@@ -114,8 +118,9 @@ def _with_phases(settings: Recipe, arguments: list[str]) -> tuple[Recipe, list[s
     """
     phases = {phase.name: phase for phase in settings.phases}
     rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         option, _, value = word.partition("=")
         if not option.startswith("--phases."):
             rest.append(word)
@@ -134,13 +139,18 @@ def _with_phases(settings: Recipe, arguments: list[str]) -> tuple[Recipe, list[s
         name, _, field = option.removeprefix("--phases.").partition(".")
         if name not in phases:
             raise unknown("phase", name, list(phases))
-        value = value if "=" in word else next(words, "")
-        if not field or not value:
+        values = [value] if "=" in word else []
+        while "=" not in word and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if not field or not "".join(values):
             raise OpsinError(f"{option} needs a field and a value, such as --phases.{name}.length '500 steps'.")
         if field == "length":
-            phases[name] = replace(phases[name], length=value)
+            phases[name] = replace(phases[name], length=" ".join(values))
+        elif field == "fresh":
+            phases[name] = replace(phases[name], fresh=cast(Any, tuple(values)))
         else:
-            change = {**phases[name].change, field.replace("-", "_"): yaml.safe_load(value)}
+            read = [yaml.safe_load(text) for text in values]
+            change = {**phases[name].change, field.replace("-", "_"): read if len(read) > 1 else read[0]}
             phases[name] = replace(phases[name], change=change)
     return replace(settings, phases=tuple(phases.values())), rest
 

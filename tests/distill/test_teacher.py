@@ -187,15 +187,10 @@ def test_grids_that_do_not_fit_and_other_channels_are_refused():
     )
 
 
-def test_a_fingerprint_is_of_contents_alone(tmp_path):
-    (tmp_path / "a").mkdir()
-    for name, text in (("a/one", "1"), ("a/two", "2"), ("copy", "1"), ("other", "3")):
-        (tmp_path / name).write_text(text)
-    one = fingerprint([tmp_path / "a" / "one"])
+def test_a_fingerprint_is_of_names_and_values():
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.zeros(())}
+    one = fingerprint(tensors)
     assert len(one) == 16
-    assert one == fingerprint([tmp_path / "copy"]) != fingerprint([tmp_path / "other"])
-    folder = fingerprint([tmp_path / "a"])
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert folder == fingerprint([tmp_path / "b"])
-    (tmp_path / "b" / "two").write_text("22")
-    assert folder != fingerprint([tmp_path / "b"])
+    assert one == fingerprint(dict(reversed({k: v.clone() for k, v in tensors.items()}.items())))
+    assert one != fingerprint(tensors | {"a": torch.arange(4.0) + 1})
+    assert one != fingerprint({("d" if name == "b" else name): tensor for name, tensor in tensors.items()})

@@ -81,16 +81,28 @@ def save(model: VisionTransformer, path: str | Path, metadata: Mapping[str, str]
         "opsin.format": str(FORMAT),
         "opsin.architecture": json.dumps(asdict(model.arch)),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(path, model.state_dict(), header, "weights")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], what: str) -> None:
+    """Write safetensors whole or not at all, for all whom the umask lets read them.
+
+    Raises:
+        OpsinError: when `path` cannot be written; `what` they are is said.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, beside, header)
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file(state, beside, dict(header))
+        beside.chmod(mode)  # safetensors makes files that only their owner reads
         with open(beside, "rb+") as written:
             os.fsync(written.fileno())
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise OpsinError(f"cannot write weights to {path} ({error}): free some space or choose another path.") from None
+        raise OpsinError(f"cannot write {what} to {path} ({error}): free some space or choose another path.") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class MaskRecipe:
     """Aspect ratios of blocks are log-uniform in [min_aspect, 1 / min_aspect]."""
     predicted: Literal["hidden", "all"] = "hidden"
     """Patches whose assignment the student predicts: the hidden ones, or, for distillation (paper §5), all of both
-    global crops."""
+    global crops. Every crop counts then, and not only those with a mask: the loss is 1 / probability times as large."""
 
     def __post_init__(self) -> None:
         within(self, "masks.", probability=(0, 1), ratio=(0, 1), min_block=(1, 1e6), min_aspect=(1e-2, 1))

@@ -55,7 +55,7 @@ class TeacherCache:
             rows: how many tensors there can be.
             shape: of one of them.
             dtype: of their elements.
-            key: what decides their contents (weights, sizes, images, crops), as a hash.
+            key: what decides their contents (weights, sizes, images, crops).
 
         Raises:
             OpsinError: the folder holds other features or is damaged, cannot be written, or its disk has no room for

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from opsin import ranks
 from opsin.backbone import weights
@@ -99,11 +100,18 @@ def distill(
         stack.enter_context(disk_errors(out))
         backbone_file, heads_file, facts = ranks.by_first(lambda: _found(teacher, lesson))
         backbone = weights.restore(backbone_file)[0].eval()
+        facts["backbone"] = fingerprint(backbone.state_dict())
         arch = backbone.arch
         for side in [entry[0] for entry in first.crops.mixture] or [first.crops.global_size]:
             check_grids(backbone, lesson.teacher_size, side, first.backbone.patch, first.backbone.channels)
-        ranks.by_first(lambda: _begin(out, facts, accept_changes))
+        ranks.by_first(lambda: _check_begun(out, facts, accept_changes))
+        console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet or not ranks.first())
+        has = "with its heads" if heads_file else "without heads"
+        console.print(f"teacher: {backbone_file}, {arch.depth} blocks of width {arch.width}, patch {arch.patch}, {has}")
         if lesson.method == "prototypes" and heads_file is None:
+            console.print(
+                f"first, heads are trained on its features for {lesson.heads_steps} steps, in {out / HEADS_RUN}"
+            )
             heads_run = out / HEADS_RUN
             trained = phases.pretrain(_heads_recipe(first, lesson, backbone, backbone_file), data, heads_run, **how)  # type: ignore[arg-type]
             if trained.stopped_by is not None:
@@ -113,6 +121,7 @@ def distill(
         if lesson.method == "prototypes":
             assert heads_file is not None
             heads, recipe, width = read_heads(heads_file)
+            facts["heads"] = fingerprint(heads)
             if width != arch.width:
                 raise OpsinError(
                     f"the heads {heads_file} are for a backbone of width {width} and {backbone_file} has {arch.width}: "
@@ -121,8 +130,11 @@ def distill(
             network = Network(arch, recipe)
             network.load_state_dict({**{f"backbone.{n}": t for n, t in backbone.state_dict().items()}, **heads})
             found = {name: with_heads_of(student, recipe) for name, student in found.items()}
+        ranks.by_first(lambda: _begin(out, facts, accept_changes))
+        by = f"its {recipe.dino_prototypes} prototypes" if lesson.method == "prototypes" else "its features"
+        console.print(f"{', '.join(found)} learn by {by}")
         dtype = DTYPES[first.precision]
-        cache = _cache(lesson, first, arch.width, facts["contents"], data, out) if lesson.cache else None
+        cache = _cache(lesson, first, arch.width, facts["backbone"], data, out) if lesson.cache else None
         frozen = Teacher(network.to(on), dtype, lesson.teacher_size, cache)
         method = ByPrototypes(frozen) if lesson.method == "prototypes" else ByFeatures(frozen)
         jobs = [Job(recipe, out / name, method) for name, recipe in found.items()]
@@ -149,24 +161,32 @@ def _found(given: Path, lesson: Lesson) -> tuple[Path, Path | None, dict[str, An
     facts = {
         "teacher": str(given),
         **asdict(lesson),
-        "contents": fingerprint([backbone, *([heads] if heads and lesson.method == "prototypes" else [])]),
+        "backbone": "",
+        "heads": "",
     }
     return backbone, heads, facts
 
 
-DECISIVE = ("method", "teacher_size", "contents")
+DECISIVE = ("method", "teacher_size", "backbone", "heads")
 """What a distillation that goes on may not change; a teacher that came with heads, or needs none, may have moved."""
 
 
 def _begin(out: Path, facts: dict[str, Any], accept_changes: bool) -> None:
     """Write OUT/distill.json, unless it says that the runs there have learnt from something else."""
+    _check_begun(out, facts, accept_changes)
+    write(out / FILE, json.dumps(facts, indent=1))
+
+
+def _check_begun(out: Path, facts: dict[str, Any], accept_changes: bool) -> None:
+    """Refuse to go on with runs that have learnt from something else than `facts` say, as far as they say it yet."""
     make_folder(out)
     path = out / FILE
-    begun = any(checkpoint.steps(folder) for folder in out.iterdir() if folder.is_dir())
+    begun = any(checkpoint.steps(folder) for folder in out.iterdir() if folder.is_dir() and folder.name != HEADS_RUN)
     if begun and not accept_changes:
         try:
             before = json.loads(path.read_text())
-            changed = [f"{k} ({before[k]} then, {facts[k]} now)" for k in DECISIVE if before[k] != facts[k]]
+            known = [name for name in DECISIVE if facts[name] or name != "heads"]
+            changed = [f"{k} ({before[k]} then, {facts[k]} now)" for k in known if before[k] != facts[k]]
         except (OSError, ValueError, KeyError, TypeError):
             raise OpsinError(
                 f"{path} is missing or damaged, so nothing says what the runs beside it learnt from: give "
@@ -177,7 +197,6 @@ def _begin(out: Path, facts: dict[str, Any], accept_changes: bool) -> None:
                 f"{out} holds a distillation that differs in {', '.join(changed)}: give what it began with, another "
                 "--out, or --accept-changes."
             )
-    write(path, json.dumps(facts, indent=1))
 
 
 def _heads_recipe(student: Recipe, lesson: Lesson, backbone: VisionTransformer, file: Path) -> Recipe:

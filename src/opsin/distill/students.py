@@ -98,7 +98,10 @@ def _check_distillable(recipe: Recipe, name: str) -> None:
                 f"{dotted} of student {name} has no meaning in a distillation: leave it at its default. A student "
                 "can go through more phases afterwards, with opsin pretrain --weights."
             )
-    recipe.stream()  # refuses crops that its patches do not divide before heads are trained
+    try:
+        recipe.stream()  # refuses crops that its patches do not divide, before heads are trained
+    except OpsinError as error:
+        raise OpsinError(f"student {name}: {error}") from None
 
 
 def _field(tree: Mapping[str, Any], dotted: str) -> Any:

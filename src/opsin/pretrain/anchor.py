@@ -35,7 +35,7 @@ class Anchor:
             try:
                 weights.adapt(backbone, recipe.anchor)
             except OpsinError as error:
-                raise OpsinError(f"gram.anchor: {error}") from None
+                raise OpsinError(f"gram.anchor: {str(error).partition(': only channels')[0]}") from None
         self.backbone = backbone.to(device, dtype).requires_grad_(False)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ from opsin.backbone import weights
 from opsin.backbone.vit import Architecture
 from opsin.errors import OpsinError
 
-BACKBONE = "average.backbone."
+AVERAGE = "average.backbone."
 """How the names of the tensors of `backbone.safetensors` begin in a run."""
 PATIENCE = timedelta(hours=2)
 """How long one process waits for the others to write their parts."""
@@ -107,7 +107,7 @@ class Checkpoints:
         self._sums: dict[str, int] = {}
         if ranks.first():
             clean(out)
-            self._backbone = weights.empty(arch).to(self.tensors[BACKBONE + "cls_token"].dtype)
+            self._backbone = weights.empty(arch).to(self.tensors[AVERAGE + "cls_token"].dtype)
         self._planner = _Copies(self.tensors)
         plans, self._metadata = self._planner.create_global_plan(self._gather(self._planner.create_local_plan()))
         self._plan = FileSystemWriter(folder(out)).prepare_global_plan(plans)[ranks.rank()]
@@ -293,7 +293,7 @@ class Checkpoints:
         if stored.storage_data != places or stored.state_dict_metadata != self._metadata.state_dict_metadata:
             raise ValueError("its .metadata reads back otherwise than it was written")
         # From the parts that all have written, so that no process needs to gather the weights from the others.
-        read_into(reader, stored, {BACKBONE + name: tensor for name, tensor in self._backbone.state_dict().items()})
+        read_into(reader, stored, {AVERAGE + name: tensor for name, tensor in self._backbone.state_dict().items()})
         file = path / "backbone.safetensors"
         weights.save(self._backbone, file, {"step": str(meta["step"])})
         _sync(file)

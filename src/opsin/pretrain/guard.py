@@ -87,9 +87,11 @@ class Guard:
         return {"start": self._start, "best": self._best, "best_step": self._best_step, "told": self._told}
 
     def examine(self, step: int, knn: float) -> Verdict:
-        """Judge the accuracy after `step` steps."""
-        if float(self._start) < 0:
+        """Judge the accuracy after `step` steps; of a run that was not looked at from its start, nothing is said."""
+        if step == 0:
             self._start.fill_(knn)
+        if float(self._start) < 0:
+            return Verdict(best=False, worse=None)
         best = knn > float(self._best)
         if best:
             self._best.fill_(knn)

@@ -5,9 +5,7 @@ on training it needs them, whoever uses its features does not.
 """
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opsin.backbone.formats import some
+from opsin.backbone.weights import write_tensors
 from opsin.errors import OpsinError, within
 from opsin.pretrain.prototypes import Prototypes
 
@@ -103,19 +101,7 @@ def save_heads(
         "opsin.heads": json.dumps(asdict(recipe)),
         "opsin.width": str(width),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, beside, header)
-        with open(beside, "rb+") as written:
-            os.fsync(written.fileno())
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OpsinError(f"cannot write heads to {path} ({error}): free some space or choose another path.") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_tensors(path, heads, header, "heads")
 
 
 def read_heads(path: str | Path) -> tuple[dict[str, Tensor], HeadRecipe, int]:

@@ -12,7 +12,7 @@ Several students can be trained on the same batches, by a teacher that looks at 
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,7 @@ def run(
             for folder in dict.fromkeys([root, *(job.out for job in jobs)]):
                 make_folder(folder)
             check_masks(recipe)
+            recipe.stream()  # refuses crops that patches do not divide
             spreads = [_spread(job.recipe, on) for job in jobs]
             source = scan(data, root / "cache", not quiet, recipe.data.bad_shards)
             for job in jobs:
@@ -141,9 +142,10 @@ def run(
             for job in jobs:
                 checkpoint.remove_after(job.out, first)
             if first > recipe.steps:
-                raise OpsinError(f"{root} holds a run of {first} steps already: give --steps {first} or more.")
+                raise OpsinError(f"{jobs[0].out} holds a run of {first} steps already: give --steps {first} or more.")
             channels = recipe.backbone.channels
             summary = summarise(source, workers=recipe.data.threads(), progress=not quiet, channels=channels)
+            check_readable(source, summary, channels)
             check_sizes(recipe, source, summary)
             settings = {"resumed": first > 0, "accept_changes": accept_changes}
             told, files = [str(summary)], []
@@ -198,7 +200,7 @@ def run(
                 each.watch.note(step, outcome)
             step += 1
 
-            if runs[0].watch.due(step):
+            if any(each.watch.due(step) for each in runs):
                 elapsed = time.perf_counter() - clock
                 timings = {
                     "images_per_second": (step - logged) * recipe.batch.size / elapsed,
@@ -220,7 +222,7 @@ def run(
         if step == recipe.steps:
             for each in runs:
                 each.leave(step)
-        else:
+        if ended_by:
             terminal.say(f"stopped after step {step}, which is saved: the same command goes on from there")
         return [Finished(job.out, step, ended_by) for job in jobs]
 
@@ -243,15 +245,29 @@ class _Run:
             terminal.say(text if alone else f"{job.out.name}: {text}")
 
         self.job, self.name, self.recipe, self.first = job, job.out.name, job.recipe, first
+        with contextlib.ExitStack() as stack:
+            self._prepare(device, spread, stack, say, alone=alone)
+            self._open = stack.pop_all()
+
+    def _prepare(
+        self,
+        device: torch.device,
+        spread: parallel.Spread,
+        stack: contextlib.ExitStack,
+        say: Callable[[str], None],
+        *,
+        alone: bool,
+    ) -> None:
+        """Networks, watch and checkpoints, with what the run begins or goes on with."""
+        job, first = self.job, self.first
         start = Start(job.recipe, job.before, job.fresh)
         self.step = Step(job.recipe, device, spread, None if first else start.networks, job.method)
-        self._open = contextlib.ExitStack()
-        self.watch = self._open.enter_context(Watch(job.recipe, job.out, device, say, replay=job.method is SELF))
+        self.watch = stack.enter_context(Watch(job.recipe, job.out, device, say, replay=job.method is SELF))
         own = self.step.state()
         state = own | self.watch.state()
         # Of several runs one may be killed before the others have saved a step: two steps back, all have.
         keep = job.recipe.checkpoint.keep if alone else max(2, job.recipe.checkpoint.keep)
-        self.checkpoints = self._open.enter_context(Checkpoints(job.out, state, job.recipe.backbone, keep))
+        self.checkpoints = stack.enter_context(Checkpoints(job.out, state, job.recipe.backbone, keep))
         if first:
             self.checkpoints.load(first)
             start.said.append(f"going on from the checkpoint of step {first}")
@@ -334,7 +350,7 @@ def _finished_steps(jobs: Sequence[Job]) -> int:
         OpsinError: some of the runs have begun without the others.
     """
     new = [job.out.name for job in jobs if not (job.out / "run.json").exists()]
-    old = [job.out.name for job in jobs if checkpoint.steps(job.out)]
+    old = [job.out.name for job in jobs if checkpoint.steps(job.out) and job.out.name not in new]
     if new and old:
         raise OpsinError(
             f"{jobs[0].out.parent} holds runs of {', '.join(old)} and none of {', '.join(new)}, and students who share "
@@ -355,7 +371,7 @@ def _spread(recipe: Recipe, device: torch.device) -> parallel.Spread:
 def check_masks(recipe: Recipe) -> None:
     """Refuse settings with which the patch loss would silently be zero."""
     masks = recipe.masks
-    if recipe.loss.ibot == 0 or masks.probability == 0 or masks.ratio[1] == 0:
+    if recipe.loss.ibot == 0 or masks.probability == 0 or masks.ratio[1] == 0 or masks.predicted == "all":
         return
     for side in (side // recipe.backbone.patch for side in _global_sides(recipe)):
         if not draw_masks(masks, recipe.seed, 0, np.arange(8), 2 * recipe.batch.group, (side, side)).any():
@@ -368,6 +384,16 @@ def check_masks(recipe: Recipe) -> None:
 def _global_sides(recipe: Recipe) -> list[int]:
     """Sides of the global crops that steps may have, in pixels."""
     return [side for side, _, _ in recipe.crops.mixture] or [recipe.crops.global_size]
+
+
+def check_readable(source: Source, summary: Summary, channels: int) -> None:
+    """Refuse images none of which can be read, before anything is made for them."""
+    if summary.read and len(summary.unreadable) == summary.read:
+        name, reason = summary.unreadable[0]
+        raise OpsinError(
+            f"none of the {summary.read} images of {source.root} that were looked at can be read with {channels} "
+            f"channel(s), for example {name}: {reason}. Give other --data, or --backbone.channels as files have them."
+        )
 
 
 def check_sizes(recipe: Recipe, source: Source, summary: Summary) -> None:

@@ -244,6 +244,8 @@ class Objective:
         """The arguments of `losses` for one micro-batch."""
         kinds: list[Kind] = ["global", "local"] if batch.recipe.crops.local_count else ["global"]
         masked = batch.masked(micro)
+        # Before the crops, after which a batch may give its images back.
+        anchored = None if self.anchor is None else self.anchor.patches(batch, micro)
         return (
             targets.image.rows(*targets.rows(micro, batch.micro_size)),
             targets.patch.rows(*targets.rows(micro, len(masked.hidden))),
@@ -251,7 +253,7 @@ class Objective:
             masked,
             batch.kept(micro),
             (batch.recipe.batch.size, batch.recipe.batch.group),
-            None if self.anchor is None else self.anchor.patches(batch, micro),
+            anchored,
         )
 
     def terms(self, batch: Batch, micro: int, targets: StepTargets) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class OptimRecipe:
     patch_embed_rate: float = 0.2
     """Further multiplier for the patch embedding."""
     clip: float = 3.0
-    """Largest gradient norm of each part (backbone, DINO head, iBOT head); 0 does not clip."""
+    """Largest gradient norm of each part (backbone, DINO head, iBOT head, projection); 0 does not clip."""
 
     def __post_init__(self) -> None:
         within(self, "optim.", betas=(0, 1 - 1e-9), epsilon=(0, 1), layer_decay=(1e-3, 1), patch_embed_rate=(0, 1e3))
@@ -82,7 +82,7 @@ class Slot(NamedTuple):
     """What this process holds of a parameter, with everything that one update reads and writes, each of its shape."""
 
     part: str
-    """Of the network: backbone, dino_head or ibot_head, which are clipped each by itself."""
+    """Of the network: backbone, dino_head, ibot_head or projection, which are clipped each by itself."""
     group: Group
     weight: Tensor
     grad: Tensor

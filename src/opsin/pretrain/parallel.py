@@ -184,17 +184,19 @@ def last_micro_batch(student: Learner, last: bool) -> None:
             layer.set_reshard_after_backward(last)
 
 
-def forget_forwards(teacher: Learner) -> None:
-    """After the teacher's forwards of a step: FSDP keeps a list of them, which only a backward would end.
+def forget_forwards(network: Learner) -> None:
+    """After the forwards of a step: FSDP keeps a list of them, which only a backward would end. A teacher has none, nor
+    has a student's backbone that does not learn.
 
     torch 2.11 has no way to do so: there a sharded run's host memory grows by some 50 bytes per block and forward.
     """
-    if not hasattr(teacher.backbone, "reset_iter_state"):
+    if not hasattr(network.backbone, "reset_iter_state"):
         return
-    assert isinstance(teacher, Network)
-    for head in (teacher.dino_head, teacher.patch_head):
-        units: tuple[Any, ...] = (teacher.backbone, head.mlp, head.last_layer)
-        for unit in units:
+    assert isinstance(network, Network)
+    heads = (network.dino_head, network.patch_head)
+    units: list[Any] = [network.backbone, *(part for head in heads for part in (head.mlp, head.last_layer))]
+    for unit in units:
+        if not any(p.requires_grad for p in unit.parameters()):
             unit.reset_iter_state()
 
 

@@ -8,6 +8,7 @@ A recipe without phases runs in OUT itself. What goes from one phase to the next
 """
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from opsin.data.sources import scan, summarise
 from opsin.errors import OpsinError
 from opsin.machine import pick_device
 from opsin.pretrain import checkpoint
+from opsin.pretrain.anchor import START
 from opsin.pretrain.folder import RECIPE, check_same, copy, disk_errors, make_folder, write
 from opsin.pretrain.loop import BACKBONE, HEADS, Finished, Job, check_masks, check_sizes, run
 from opsin.pretrain.recipe import Recipe, Stage, stages, to_yaml
@@ -116,16 +118,28 @@ def _prepared(recipe: Recipe, data: str | Path, out: Path, *, accept_changes: bo
             check_masks(stage.recipe)
             check_sizes(stage.recipe, source, summary)
             stage.recipe.batch.split(ranks.count())
+            _check_anchor(stage.recipe, out)
         except OpsinError as error:
-            raise OpsinError(f"phase {folder.name}: {error}") from None
+            option = f"--phases.{stage.phase.name}." if stage.phase else "--"
+            told = re.sub(r"--(?=[a-z]+\.)", option, str(error))
+            raise OpsinError(f"phase {folder.name}: {told}") from None
     write(out / RECIPE, to_yaml(recipe))
     return found
 
 
+def _check_anchor(recipe: Recipe, out: Path) -> None:
+    """Refuse an anchor that is not there and will not come from a phase of this run."""
+    anchor = Path(recipe.gram.anchor)
+    own = anchor.resolve().is_relative_to(out.resolve())
+    if recipe.gram.weight and recipe.gram.anchor != START and not own and not anchor.exists():
+        raise OpsinError(f"gram.anchor is {anchor}, and there is no such file: give the path of a backbone's weights.")
+
+
 def _changes(stage: Stage) -> str:
     """What a phase changes, for its announcement."""
-    phase = stage.phase
+    phase, warmup = stage.phase, stage.recipe.schedule.warmup_steps
+    rising = f"; its rate only rises, since schedule.warmup_steps is {warmup}" * (warmup >= stage.recipe.steps)
     if phase is None or not (phase.change or phase.fresh):
-        return ""
+        return rising
     changes = [f"{name} {value}" for name, value in phase.change.items()]
-    return "; " + ", ".join([*changes, *(f"fresh {what}" for what in phase.fresh)])
+    return "; " + ", ".join([*changes, *(f"fresh {what}" for what in phase.fresh)]) + rising

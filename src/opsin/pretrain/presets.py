@@ -192,13 +192,21 @@ def distill_cpu() -> Recipe:
     )
 
 
+LATER = {
+    "schedule.warmup_steps": 5,
+    "schedule.teacher_temperature": [0.07, 0.07],
+    "schedule.freeze_last_layer_steps": 0,
+}
+"""A later phase goes on with heads that have learnt, so it has nothing to wait for."""
+
+
 def cpu_phases() -> Recipe:
     """As `cpu`, in three phases: pretraining, Gram anchoring, and a higher resolution. For trying phases out."""
     return replace(
         cpu(),
         phases=(
             Phase("pretrain", length="200 steps"),
-            Phase("anchor", length="60 steps", change={"gram.weight": 2.0, "schedule.rate": 2e-3}),
+            Phase("anchor", length="60 steps", change={"gram.weight": 2.0, "schedule.rate": 2e-3, **LATER}),
             Phase(
                 "high-res",
                 length="40 steps",

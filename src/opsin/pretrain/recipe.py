@@ -68,6 +68,8 @@ class Phase:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
             raise OpsinError(f"a phase is called {self.name!r}: give a name of letters, digits, - and _.")
+        if wrong := set(self.fresh) - {"heads", "optimiser"}:
+            raise OpsinError(f"phase {self.name} has fresh {sorted(wrong)[0]!r}: give heads, optimiser, or both.")
         self.count()
 
     def count(self) -> tuple[Fraction, str]:
@@ -195,8 +197,7 @@ def stages(recipe: Recipe, images: int | None) -> list[Stage]:
             _change(tree, dotted, value, where)
         try:
             made = _structured(tree, where)
-            seed = made.seed if "seed" in phase.change else recipe.seed + number
-            made = replace(made, steps=phase.steps(made, images), seed=seed)
+            made = replace(made, steps=phase.steps(made, images), seed=recipe.seed + number)
         except OpsinError as error:
             raise OpsinError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
         if found:
@@ -205,7 +206,7 @@ def stages(recipe: Recipe, images: int | None) -> list[Stage]:
     return found or [Stage(None, recipe)]
 
 
-NOT_CHANGED = ("steps", "phases")
+NOT_CHANGED = ("steps", "phases", "seed")
 """Fields that a phase has other ways to say."""
 
 

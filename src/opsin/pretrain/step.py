@@ -122,11 +122,11 @@ class Step:
         working = self.student, self.average
         if grid is None:
             working = working_copy(self.student, self.dtype), working_copy(self.average, self.dtype)
+        for network in working:
+            fuse(network.backbone)
         # While the average is whole and as it begins. A backbone that learns nothing cannot drift away from anything.
         anchored = recipe.gram.weight > 0 and recipe.train == "all"
         anchor = Anchor(recipe.gram, working[1].backbone, self.dtype, device) if anchored else None
-        for network in working:
-            fuse(network.backbone)
         if recipe.train == "all":
             parallel.recompute(working[0], recipe.parallel.recompute)
         if grid is not None:
@@ -161,7 +161,6 @@ class Step:
         self._batch, self._scalars = batch, Scalars(**scalars)
         self._sums: dict[str, Tensor] = {}
         self._targets = self.objective.targets(batch, temperature, self.look, self.balance)
-        parallel.forget_forwards(self.working)
 
     def visit(self, micro: int) -> None:
         """The student's losses of a micro-batch, and their gradients."""
@@ -171,6 +170,8 @@ class Step:
 
     def finish(self) -> Outcome:
         """The update."""
+        for _, network in self._computing:
+            parallel.forget_forwards(network)
         self.optimiser.gather()
         norms, finite = self.update(self._scalars)
         outcome = Outcome(self._sums, norms, finite, self._targets)

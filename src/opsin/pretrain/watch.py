@@ -198,9 +198,11 @@ class Watch:
         found = self._probe.look(step, backbone)
         self._say(f"probe after step {step}: {', '.join(f'{name} {value:.3g}' for name, value in found.items())}")
         self.best = False
-        if not self._begun or "probe.knn" not in found:
+        # What follows decides about the run, so all processes take the first one's number.
+        knn = ranks.by_first(lambda: found.get("probe.knn"))
+        if not self._begun or knn is None:
             return found, []
-        verdict = self.guard.examine(step, found["probe.knn"])
+        verdict = self.guard.examine(step, knn)
         self.best = verdict.best
         if verdict.worse is None:
             return found, []

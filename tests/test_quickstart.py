@@ -41,7 +41,7 @@ def test_queries_are_changed_and_repeatable():
     assert torch.equal(queries, again)
     assert not torch.equal(queries, other)
     assert torch.equal(labels, test.labels.repeat(quickstart.QUERIES))
-    plain = torch.stack([quickstart._resized(tile) for tile in test.images]).repeat(quickstart.QUERIES, 1, 1, 1)
+    plain = torch.stack([quickstart.resized(tile) for tile in test.images]).repeat(quickstart.QUERIES, 1, 1, 1)
     moved = (queries.mean((2, 3)) - plain.mean((2, 3))).abs().mean()
     assert moved > 0.08
 

@@ -154,6 +154,8 @@ def test_heads_are_trained_first_and_a_stop_anywhere_changes_nothing(bare, photo
 
 KILLED = """
 import os, signal, sys, time
+import torch
+torch.set_num_threads({threads})  # as in the process that goes on: sums depend on them
 sys.path[:0] = {paths}
 from pathlib import Path
 from lessons import taught
@@ -174,7 +176,7 @@ taught(Path({teacher!r}), {students}, Path({photos!r}), Path({out!r}))
 def test_a_kill_between_two_students_checkpoints_changes_nothing(teacher, photos, tmp_path):
     students, out, here = two(tmp_path, steps=6), tmp_path / "killed", Path(__file__).parent
     code = KILLED.format(
-        paths=[str(here), str(here.parent)],
+        paths=[str(here), str(here.parent)], threads=torch.get_num_threads(),
         teacher=str(teacher), students=students, photos=str(photos), out=str(out),
     )  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

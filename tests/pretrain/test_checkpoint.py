@@ -364,14 +364,14 @@ def test_the_self_test_reads_back_what_it_wrote_and_leaves_nothing(tmp_path, mon
         assert names(tmp_path) == []
         assert {name: bits(tensor) for name, tensor in state.items()} == {n: bits(t) for n, t in tensors().items()}
 
-        read = checkpoint._read
+        read = checkpoint.read_into
 
         def broken(reader, stored, into):
             read(reader, stored, into)
             if "weight" in into:
                 into["weight"][0, 0] += 1
 
-        monkeypatch.setattr(checkpoint, "_read", broken)
+        monkeypatch.setattr(checkpoint, "read_into", broken)
         with pytest.raises(OpsinError, match="self-test: 'weight' reads back otherwise than it was written"):
             checkpoints.self_test()
         assert names(tmp_path) == []

@@ -34,7 +34,7 @@ def tensors(seed: int, grid: tuple[int, ...] | None = None) -> dict[str, Tensor]
         mesh = init_device_mesh("cpu", grid, mesh_dim_names=NAMES[-len(grid) :])
         fully_shard(net.blocks[0], mesh=mesh)
         fully_shard(net, mesh=mesh)
-    found = {f"teacher.backbone.{name}": tensor for name, tensor in net.state_dict().items()}
+    found = {f"average.backbone.{name}": tensor for name, tensor in net.state_dict().items()}
     # Of a sharded run too, some are whole and equal everywhere.
     found["centre"] = torch.randn(33, 5, generator=generator).bfloat16()
     found["count"] = torch.tensor(2**53 + seed)
@@ -107,7 +107,7 @@ def write(out: Path, results: Path) -> dict[str, Any]:
             patch.setattr(Path, "is_dir", lambda _: False)
         found["another disk"] = sentence(checkpoints, 2), names(out)
         patch.undo()
-        weight = state["teacher.backbone.blocks.0.mlp.fc1.weight"]
+        weight = state["average.backbone.blocks.0.mlp.fc1.weight"]
         if second:
             weight.to_local()[0, 0] = torch.nan  # type: ignore[attr-defined]
         found["nan"] = sentence(checkpoints, 2), names(out)
@@ -198,7 +198,7 @@ def alone(out: Path, step: int, seed: int) -> None:
         checkpoints.load(step)
     assert wrong(state, seed) == []
     backbone, _ = weights.restore(checkpoint.folder(out) / f"step-{step:08d}" / "backbone.safetensors")
-    assert wrong({f"teacher.backbone.{n}": t for n, t in backbone.state_dict().items()} | state, seed) == []
+    assert wrong({f"average.backbone.{n}": t for n, t in backbone.state_dict().items()} | state, seed) == []
 
 
 def test_what_is_written_is_what_was_there_when_save_was_called(out, written):
@@ -213,7 +213,7 @@ def test_what_is_written_is_what_was_there_when_save_was_called(out, written):
     ("what", "why"),
     [
         ("full", "process 1: No space left on device"),
-        ("flipped", "process 1: 'teacher.backbone.patch_embed.proj.weight' reads back otherwise than it was written"),
+        ("flipped", "process 1: 'average.backbone.patch_embed.proj.weight' reads back otherwise than it was written"),
         (
             "another disk",
             "process 1: it does not see the folder that process 0 made: all must share the disk of --out",
@@ -245,7 +245,7 @@ def test_nan_in_the_shard_of_one_process_is_never_saved(written):
     for found in written:
         said, _ = found["nan"]
         assert said.startswith(
-            "1 tensors of the run, such as teacher.backbone.blocks.0.mlp.fc1.weight, hold NaN or infinity after step 2"
+            "1 tensors of the run, such as average.backbone.blocks.0.mlp.fc1.weight, hold NaN or infinity after step 2"
         )
     assert written[0]["nan"][1] == ["step-00000001"]
 

@@ -136,7 +136,7 @@ def test_what_a_run_leaves(photos, tiny, tmp_path, uninterrupted):
     extractor = opsin.load(out / "backbone.safetensors")
     teacher = state(out)
     for name, tensor in extractor.backbone.state_dict().items():
-        assert torch.equal(tensor, teacher[f"teacher.backbone.{name}"])
+        assert torch.equal(tensor, teacher[f"average.backbone.{name}"])
     beside = opsin.load(checkpoint.folder(out) / "step-00000012" / "backbone.safetensors")
     assert torch.equal(beside.backbone.cls_token, extractor.backbone.cls_token)
     # The resolved recipe can be fed back.

@@ -199,7 +199,9 @@ def test_a_signal_in_the_last_step_of_a_phase_does_not_begin_the_next(photos, tm
 
 KILLED = """
 import os, signal, sys, time
+import torch
 from pathlib import Path
+torch.set_num_threads({threads})  # as in the process that goes on: sums depend on them
 from opsin.pretrain import checkpoint, loop, phases
 if "{where}" == "inside":
     train = loop.train
@@ -227,7 +229,10 @@ def test_killed_and_continued_is_uninterrupted(photos, whole, tmp_path, where):
     out, file = tmp_path / "killed", tmp_path / "six.yaml"
     file.write_text(ONE_PHASE.replace("every: 1000", "every: 2") + PHASES)
     options = ["--recipe", str(file), "--data", str(photos), "--out", str(out), "--device", "cpu", "--no-report"]
-    line = [sys.executable, "-c", KILLED.replace("{where}", where).replace("{out}", str(out)), "pretrain", *options]
+    code = (
+        KILLED.replace("{where}", where).replace("{out}", str(out)).replace("{threads}", str(torch.get_num_threads()))
+    )
+    line = [sys.executable, "-c", code, "pretrain", *options]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert checkpoint.steps(out / "2-anchor") == ([2] if where == "inside" else [])

@@ -12,7 +12,7 @@ import opsin
 ROOT = Path(opsin.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 
-SHARED = {"constants", "errors", "machine", "memory", "pixels", "ranks"}
+SHARED = {"constants", "errors", "machine", "memory", "output", "pixels", "ranks"}
 """Modules that import nothing of the package, or one another."""
 MAY_IMPORT = {
     "backbone": SHARED,

@@ -29,8 +29,9 @@ from opsin.distill.students import FEATURES, HEADS_RUN, recipes, with_heads_of
 from opsin.distill.teacher import Teacher, check_grids, fingerprint
 from opsin.errors import OpsinError, within
 from opsin.machine import pick_device
+from opsin.output import make_folder, write
 from opsin.pretrain import checkpoint, phases
-from opsin.pretrain.folder import disk_errors, make_folder, write
+from opsin.pretrain.folder import disk_errors
 from opsin.pretrain.heads import read_heads
 from opsin.pretrain.loop import BACKBONE, HEADS, Finished, Job, run
 from opsin.pretrain.objective import Network

@@ -25,10 +25,10 @@ from torch import Tensor
 from opsin.backbone.features import FeatureExtractor, by_shape
 from opsin.backbone.graphs import Replay
 from opsin.data.decode import DECODER, shown
+from opsin.data.pipeline import prepared
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source
 from opsin.errors import OpsinError
-from opsin.evaluate.pipeline import prepared
 
 PART = 1024
 """Images in a part: what an interruption can cost."""

@@ -18,10 +18,10 @@ from opsin.backbone.features import evaluation_transform
 from opsin.backbone.probe import NEIGHBOURS, knn_classify
 from opsin.backbone.vit import VisionTransformer
 from opsin.data.decode import shown
+from opsin.data.pipeline import prepared
 from opsin.data.reader import ImageReader
 from opsin.data.sources import Source, scan
 from opsin.errors import OpsinError
-from opsin.evaluate.pipeline import prepared
 
 log = logging.getLogger(__name__)
 

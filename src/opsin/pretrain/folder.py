@@ -1,9 +1,7 @@
-"""The folder of a run: who may write into it, what it says of the run, and whether a resumed run is still that run."""
+"""The folder of a run: what it says of the run, and whether a resumed run is still that run."""
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,31 +29,6 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change what is computed, beyond the order of sums and what
 `monitor.policy` does about a run that goes wrong."""
-
-
-def make_folder(out: Path) -> Path:
-    """Make the folder, or say why nothing can be written into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OpsinError(f"cannot write into --out {out}: {error.strerror}. Choose another folder.") from None
-    return out
-
-
-@contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Hold the run's folder: two runs would write into each other's checkpoints."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OpsinError(
-                f"another run is writing into {out}: wait for it, stop it, or choose another --out."
-            ) from None
-        yield
 
 
 def describe(
@@ -148,13 +121,6 @@ def _facts(path: Path) -> dict[str, Any]:
             "--accept-changes to go on regardless, or another --out."
         ) from None
     return facts
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -29,10 +29,11 @@ from opsin.data.sources import Source, Summary, scan, summarise
 from opsin.data.stream import Share, Stream
 from opsin.errors import OpsinError
 from opsin.machine import check_precision, pick_device
+from opsin.output import make_folder, only_run, write
 from opsin.pretrain import checkpoint, parallel
 from opsin.pretrain.anchor import whole
 from opsin.pretrain.checkpoint import Checkpoints
-from opsin.pretrain.folder import copy, describe, disk_errors, make_folder, only_run, write
+from opsin.pretrain.folder import copy, describe, disk_errors
 from opsin.pretrain.guard import BEST
 from opsin.pretrain.heads import save_heads
 from opsin.pretrain.monitor import Terminal

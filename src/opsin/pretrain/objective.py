@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from opsin.backbone.koleo import koleo
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.data.crops import Kind
 from opsin.data.stream import Batch, Masked
@@ -23,7 +24,6 @@ from opsin.errors import within
 from opsin.pretrain.anchor import Anchor
 from opsin.pretrain.gram import gram_loss
 from opsin.pretrain.heads import Head, HeadRecipe
-from opsin.pretrain.koleo import koleo
 from opsin.pretrain.prototypes import Prototypes, Targets
 
 

@@ -18,9 +18,10 @@ from opsin import ranks
 from opsin.data.sources import scan, summarise
 from opsin.errors import OpsinError
 from opsin.machine import pick_device
+from opsin.output import make_folder, write
 from opsin.pretrain import checkpoint
 from opsin.pretrain.anchor import START
-from opsin.pretrain.folder import RECIPE, check_same, copy, disk_errors, make_folder, write
+from opsin.pretrain.folder import RECIPE, check_same, copy, disk_errors
 from opsin.pretrain.loop import BACKBONE, HEADS, Finished, Job, check_masks, check_sizes, run
 from opsin.pretrain.recipe import Recipe, Stage, stages, to_yaml
 

@@ -23,10 +23,11 @@ from opsin.data.sources import scan
 from opsin.data.stream import Stream
 from opsin.errors import OpsinError
 from opsin.machine import pick_device
+from opsin.output import only_run
 from opsin.pretrain import checkpoint
 from opsin.pretrain.checkpoint import Checkpoints
 from opsin.pretrain.diagnosis import PARTS, culprit
-from opsin.pretrain.folder import only_run, origin_of
+from opsin.pretrain.folder import origin_of
 from opsin.pretrain.probe import Sample
 from opsin.pretrain.recipe import read
 from opsin.pretrain.schedules import scheduled

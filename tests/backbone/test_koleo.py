@@ -2,7 +2,7 @@ import pytest
 import torch
 from lightly.loss import KoLeoLoss
 
-from opsin.pretrain.koleo import CLOSEST, koleo
+from opsin.backbone.koleo import CLOSEST, koleo
 
 
 def slow(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from opsin.evaluate.pipeline import prepared
+from opsin.data.pipeline import prepared
 
 BATCHES = [range(3), range(3, 5), range(5, 5), range(9, 12)]
 

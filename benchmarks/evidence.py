@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import t as student  # type: ignore[import-untyped]  # comes with the quickstart's packages
+from scipy.stats import t as student  # comes with the quickstart's packages
 from torch import Tensor
 
 from opsin import quickstart

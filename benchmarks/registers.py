@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import finish
-from scipy.stats import t as student  # type: ignore[import-untyped]  # comes with the quickstart's packages
+from scipy.stats import t as student  # comes with the quickstart's packages
 from torch import Tensor
 
 import opsin

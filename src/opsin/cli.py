@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import tyro
@@ -18,6 +19,8 @@ import opsin
 from opsin import ranks
 from opsin.backbone.registry import architecture
 from opsin.commands import COMMANDS, FROM_RECIPE, launch_slurm
+from opsin.curate.recipe import read as read_curation
+from opsin.curation_commands import curate
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
 from opsin.pretrain.presets import CONTINUED, DISTILL, preset
@@ -51,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, because at exit a closed pipe would be told as an error
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if ranks.together():  # after a mistake: leaving in order would wait for processes that may be gone
+    # After a mistake, leaving in order would wait for processes that may be gone; after a signal, it would take the
+    # interpreter from under the threads of Daft, which end the process as if it had crashed.
+    if ranks.together() or (status > 128 and "daft" in sys.modules):
         sys.stderr.flush()
         os._exit(status)
     return status
@@ -80,6 +85,8 @@ def _checked(arguments: list[str]) -> functools.partial[int]:
     if name in FROM_RECIPE:
         settings, rest = _settings(name, rest)
         command = FROM_RECIPE[name](settings)
+    if name == "curate" and (given := _value_of("--recipe", rest)) is not None:
+        command = curate(read_curation(Path(given)))
     known, required = [], []
     for option, parameter in inspect.signature(command).parameters.items():
         option = option.replace("_", "-")
@@ -183,12 +190,20 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
     """The name of the command, of one word or two, and its options."""
     for words in (2, 1):
         if (name := " ".join(arguments[:words])) in COMMANDS:
+            _check_task(name, arguments[words:])
             return name, arguments[words:]
     given = " ".join(word for word in arguments[:2] if not word.startswith("-"))
     tasks = [name for name in COMMANDS if name.startswith(given + " ")]
     if tasks:
         raise OpsinError(f"opsin {given} needs a task: opsin {', opsin '.join(tasks)}.")
     raise unknown("command", given or arguments[0], COMMANDS)
+
+
+def _check_task(name: str, rest: list[str]) -> None:
+    """Name a mistyped task of a command that does something without one, too."""
+    tasks = [each.removeprefix(name + " ") for each in COMMANDS if each.startswith(name + " ")]
+    if tasks and rest and not rest[0].startswith("-"):
+        raise unknown(f"task of opsin {name}", rest[0], tasks)
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from opsin import curation_commands as curation
+from opsin.curate.recipe import Curation
 from opsin.errors import OpsinError
 from opsin.launch import Slurm, submit
 from opsin.plan.options import Cluster, Rates
@@ -362,6 +364,17 @@ FROM_RECIPE: dict[str, Callable[[Recipe], Callable[..., int]]] = {
 COMMANDS: dict[str, Callable[..., int]] = {
     "pretrain": pretrain(PRESETS["cpu"]()),
     "distill": distill(PRESETS[DISTILL]()),
+    "curate": curation.curate(Curation()),
+    "curate fetch": curation.fetch,
+    "curate ingest": curation.ingest,
+    "curate embed": curation.embed,
+    "curate calibrate": curation.calibrate,
+    "curate fit-copies": curation.fit_copies,
+    "curate dedup": curation.dedup,
+    "curate cluster": curation.cluster,
+    "curate retrieve": curation.retrieve,
+    "curate sample": curation.sample,
+    "curate report": curation.report,
     "features": features,
     "evaluate knn": evaluate_knn,
     "bench step": bench_step,

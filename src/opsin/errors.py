@@ -23,7 +23,7 @@ def unknown(what: str, given: str, known: Iterable[str]) -> OpsinError:
     return OpsinError(f"unknown {what} '{given}': {hint}")
 
 
-def within(part: object, prefix: str, **ranges: tuple[float, float]) -> None:
+def within(part: object, prefix: str, /, **ranges: tuple[float, float]) -> None:
     """Check that fields of a recipe's part, numbers or tuples of numbers, lie in closed ranges; NaN lies in none."""
     for name, (low, high) in ranges.items():
         value = getattr(part, name)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from opsin.errors import OpsinError
+from opsin.report.curation_pictures import cluster_sizes, thumbnail
 from opsin.report.page import SECTIONS, write_report
 from opsin.report.pictures import (
     GLOW,
@@ -28,7 +29,7 @@ HOSTILE = "<script>alert('x')</script> \" onload=y"
 
 def decode(uri):
     head, data = uri.split(",", 1)
-    assert head == "data:image/png;base64"
+    assert head in ("data:image/png;base64", "data:image/jpeg;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
@@ -53,6 +54,10 @@ def full_report():
     panel = [(np.full((4, 3, 3), 0.5), np.eye(4, 3, dtype=bool))] * 3
     facts = [{"label": HOSTILE, "value": HOSTILE}]
     table = {"headers": ["Features", HOSTILE], "rows": [[HOSTILE, 0.5]], "note": HOSTILE}
+    lines = {"headers": ["Step", "Why"], "rows": [[HOSTILE, [HOSTILE, "b"]], ["c", []]], "words": [1]}
+    shot = {"image": thumbnail(images[0]), "label": HOSTILE, "place": HOSTILE, "notes": [HOSTILE]}
+    rows = [{"title": HOSTILE, "notes": [HOSTILE], "shots": [shot | {"match": True}, shot | {"image": None}]}]
+    pair = {"similarity": HOSTILE, "shots": [shot, shot]}
     norms = {"without": [np.ones((4, 3))] * 3, HOSTILE: [np.ones((2, 2))] * 3}
     return {
         "title": HOSTILE,
@@ -65,9 +70,17 @@ def full_report():
         "norms": norm_grid(images, norms)
         | {"histogram": norm_histogram({"without": np.ones(4)}, 3), "table": table, "limit": HOSTILE},
         "neighbours": neighbour_rows(images[:1], [HOSTILE], images, [HOSTILE, "b", "c"], [[0, 2]]),
+        "steps": lines,
+        "composition": table,
+        "sizes": [{"title": HOSTILE, "png": cluster_sizes({HOSTILE: ([1, 2, 4], [3, 4])})}],
+        "clusters": rows,
+        "duplicates": [{"kept": shot, "notes": [HOSTILE], "shots": [shot]}],
+        "pairs": {"threshold": HOSTILE, "above": [pair], "below": [pair]},
+        "dropped": rows,
         "timings": facts,
         "versions": facts,
         "recipe": HOSTILE,
+        "settings": HOSTILE,
     }
 
 
@@ -114,7 +127,7 @@ def test_full_report_is_self_contained_and_escaped(tmp_path):
     assert "@import" not in html
     assert not re.search(r"url\(", html)
     # One for each place where the text was given; the title element is not counted.
-    assert page.text.count(HOSTILE) == 22
+    assert page.text.count(HOSTILE) == 22 + 2 + 3 + 1 + 6 + 5 + 11 + 6 + 1
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 
@@ -137,7 +150,15 @@ def test_browser_is_told_to_load_nothing(tmp_path):
         ("neighbours", '<div class="neighbours"'),
         ("timings", "<h2>Time</h2>"),
         ("versions", "<h2>Versions</h2>"),
-        ("recipe", "<details>"),
+        ("recipe", "<summary>Recipe</summary>"),
+        ("steps", "<h2>Steps</h2>"),
+        ("composition", "<h2>Composition</h2>"),
+        ("sizes", "<h2>Cluster sizes</h2>"),
+        ("clusters", "<h2>Clusters</h2>"),
+        ("duplicates", "<h2>Duplicates</h2>"),
+        ("pairs", "<h2>Pairs around the threshold</h2>"),
+        ("dropped", "<h2>Dropped at ingest</h2>"),
+        ("settings", "<summary>Settings</summary>"),
     ],
 )
 def test_a_section_is_there_only_with_its_key(tmp_path, key, mark):

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -53,13 +53,17 @@ class Engine:
     """Cores of a task. Results can depend on it in their last bits; two runs with equal `threads` are equal."""
     memory: float = 2.0
     """Gigabytes that the vectors, products and tables of one task may take, beside libraries and models."""
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """Where networks and products are computed: `cpu` or `cuda`, of which a task then has one."""
 
     def __post_init__(self) -> None:
         within(self, "", threads=(1, 4096), memory=(0.05, 1e6))
         if self.runner not in ("native", "ray"):
             raise OpsinError(f"there is no runner '{self.runner}': give native or ray.")
+        if self.runner == "native" and self.threads > (os.cpu_count() or 1):
+            raise OpsinError(f"threads is {self.threads}, and this machine has {os.cpu_count()} cores: give no more.")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise OpsinError(f"there is no device '{self.device}' for a curation: give cpu or cuda.")
 
     @property
     def bytes(self) -> int:

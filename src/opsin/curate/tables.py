@@ -22,7 +22,12 @@ from opsin.data.decode import shown
 from opsin.errors import OpsinError
 from opsin.output import make_folder, write
 
-STEP: Final = "step.json"
+# Readers of Parquet folders pass over names that begin with an underscore.
+LISTING: Final = "_listing"
+"""In the folder of images: listings and indices of the sources."""
+SCRATCH: Final = "_scratch"
+"""In the folder of a step: what it needs until it is done."""
+STEP: Final = "_step.json"
 """In the folder of a step: what it was made with and, once done, what it found."""
 
 
@@ -50,7 +55,7 @@ class Table:
             OpsinError: there is no such file or folder, it holds no Parquet, a step that writes it is not done, or a
                 file is damaged.
         """
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         if not self.path.exists():
             raise OpsinError(f"there is no table {shown(path)}: give a Parquet file or a folder of them.")
         if (self.path / STEP).exists() and not read_step(self.path).get("done"):
@@ -132,8 +137,9 @@ def write_part(path: Path, table: pa.Table) -> None:
         OpsinError: it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]  # numbers are read 4 times slower
     try:
-        pq.write_table(table, partial, row_group_size=max(1, table.num_rows), compression="zstd")
+        pq.write_table(table, partial, row_group_size=max(1, table.num_rows), compression="zstd", use_dictionary=texts)
         partial.replace(path)
     except OSError as error:
         raise OpsinError(
@@ -143,7 +149,10 @@ def write_part(path: Path, table: pa.Table) -> None:
 
 
 def read_step(folder: Path) -> dict[str, Any]:
-    """What a step's folder says of itself: `step`, `settings`, `inputs`, `opsin`, and once `done`, its `facts`."""
+    """What a step's folder says of itself: `step`, `settings`, `inputs`, `opsin`, and once `done`, its `facts`.
+
+    A step that stopped by itself has what it had found in `found`.
+    """
     try:
         found: dict[str, Any] = json.loads((folder / STEP).read_text())
         return found
@@ -156,7 +165,7 @@ def read_step(folder: Path) -> dict[str, Any]:
 class Step:
     """The folder that a step of the curation writes, begun or gone on with.
 
-    Its parts are `part-00000000.parquet`, …; what it needs meanwhile lies in `scratch/`. Settings and inputs other than
+    Its parts are `part-00000000.parquet`, …; what it needs meanwhile lies in `SCRATCH`. Settings and inputs other than
     those it was begun with are an error, since its parts would not belong together.
     """
 
@@ -174,13 +183,16 @@ class Step:
         Raises:
             OpsinError: it was begun with other settings or inputs, or the folder cannot be written.
         """
-        self.folder = make_folder(Path(folder))
+        self.folder = make_folder(Path(folder).absolute())
         made = {
             "step": name,
             "settings": json.loads(json.dumps(settings)),
             "inputs": {key: table.digest for key, table in (inputs or {}).items()},
         }
         before = read_step(self.folder) if (self.folder / STEP).exists() else None
+        if before is not None and "found" in before:  # it stopped for its settings to be changed
+            before = None if any(before[key] != made[key] for key in made) else before
+            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         if before is not None:
             changed = [] if before["step"] == name else ["step"]
             for kind in ("settings", "inputs"):
@@ -209,7 +221,7 @@ class Step:
     @property
     def scratch(self) -> Path:
         """A folder for intermediate files, removed when the step is done."""
-        return make_folder(self.folder / "scratch")
+        return make_folder(self.folder / SCRATCH)
 
     def part(self, number: int) -> Path:
         """The file of a part."""
@@ -223,8 +235,13 @@ class Step:
         """Mark the step as done with what it found, and remove its scratch folder."""
         self._made |= {"done": True, "facts": json.loads(json.dumps(facts))}
         self._write()
-        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+        shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         return self.facts
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Keep what was found so far, of a step that stops before it is done."""
+        self._made |= {"found": json.loads(json.dumps(facts))}
+        self._write()
 
     def _write(self) -> None:
         try:

@@ -103,20 +103,22 @@ def unit_vectors(
 def vector_array(vectors: Tensor, there: NDArray[np.int64], rows: int) -> pa.Array:
     """A column of `rows` rows with `vectors` `[m, D]` in fp16 at the rows `there`, and null elsewhere."""
     dimensions = vectors.shape[1]
-    full = np.zeros((rows, dimensions), dtype=np.float16)
-    full[there] = vectors.half().numpy()
-    mask = np.ones(rows, dtype=bool)
-    mask[there] = False
-    return pa.FixedSizeListArray.from_arrays(pa.array(full.reshape(-1)), dimensions, mask=pa.array(mask))
+    lengths = np.zeros(rows, np.int32)
+    lengths[there] = dimensions
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    # Not a list of fixed size: pyarrow 25 cannot read these back from Parquet where some are null.
+    values = pa.array(vectors.half().numpy().reshape(-1))
+    return pa.ListArray.from_arrays(offsets, values, mask=pa.array(lengths == 0))
 
 
-def save_whitening(path: Path, mean: Tensor, covariance: Tensor, keep: float = 1e-4) -> int:
+def save_whitening(path: Path, mean: Tensor, covariance: Tensor, most: int, keep: float = 1e-4) -> int:
     """Write the PCA whitening of vectors with this mean `[D]` and covariance `[D, D]`; returns the dimensions kept.
 
-    Directions whose variance is below `keep` of the largest are left out: whitened, they would be noise.
+    Of the directions, the `most` with the largest variance are kept; those with less than `keep` of the largest are
+    left out, since whitened they would be noise.
     """
     values, directions = torch.linalg.eigh(covariance.double())
-    kept = values > keep * values[-1]
+    kept = (values > keep * values[-1]) & (torch.arange(len(values)) >= len(values) - most)
     matrix = directions[:, kept] / values[kept].sqrt()
     save_file({"mean": mean.float().contiguous(), "matrix": matrix.float().contiguous()}, path)
     return int(kept.sum())

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Final
 
 import pyarrow as pa
@@ -314,7 +315,7 @@ def keep(listing: Listing, kept: Path) -> None:
             "mtime_ns": pa.array([row[2] for row in rows], pa.int64()),
         }
     )
-    partial = kept.with_suffix(f".{os.getpid()}")
+    partial = kept.with_suffix(f".{os.getpid()}-{get_ident()}")  # threads open sources, too
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, partial)

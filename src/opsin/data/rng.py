@@ -26,6 +26,8 @@ class Stream(IntEnum):
     WEIGHTS = 5
     WINDOW = 6
     MIXTURE = 7
+    COPIES = 8
+    CURATION = 9
 
 
 _LOW = np.uint64(0xFFFFFFFF)

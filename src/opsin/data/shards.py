@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -266,7 +266,7 @@ def index_shards(
             memory = pa.BufferOutputStream()
             _write(memory, indexed, advance)
             return Shards(store, ending, _read_index(memory.getvalue()), bad)
-        partial = kept.with_suffix(f".{os.getpid()}")
+        partial = kept.with_suffix(f".{os.getpid()}-{get_ident()}")  # threads open sources, too
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with pa.OSFile(str(partial), "wb") as sink:

@@ -21,6 +21,7 @@ from opsin.data import listing as listings
 from opsin.data.decode import DecodeError, Header, header, shown, why
 from opsin.data.files import File, Place, Store, joined, locate
 from opsin.data.listing import ARRAYS, IMAGES, PACKED, SHARDS, Listing, ending
+from opsin.data.manifest import Kept, Manifest, read_manifest
 from opsin.data.order import Order
 from opsin.data.progress import progress as shown_progress
 from opsin.data.shards import Policy, index_shards
@@ -87,7 +88,8 @@ class Source:
 
     def place(self, index: int) -> str:
         """The same with `root`."""
-        return os.path.join(self.root, self.name(index))
+        name = self.name(index)
+        return name if "://" in name else os.path.join(self.root, name)  # a manifest names whole URIs
 
     def open(self, index: int) -> Path | bytes:
         """The file of image `index`, or its content.
@@ -140,20 +142,25 @@ def scan(spec: str | Path, cache: Path | None = None, progress: bool = True, bad
             - Shards: `.tar` (see `tars`), `.parquet` or `.arrow` (see `columns`), a single one, a folder of them, or a
               data set that `datasets` saved.
             - A pattern of files of one kind, such as `shards-{000..127}.tar` or `*.parquet`.
+            - The manifest of a curation: the images that it kept, where they lie, without labels.
         cache: folder (in the run's output, never beside the data) that keeps the listing of images or the index of
             shards. A listing is reused if every folder has the modification time and number of entries that were
             recorded, or the list its time and size. This check cannot see a file that was overwritten in place, linked
             files and files of a list that changed or vanished, and a renaming within the tick of the file system's
-            clock. The index of a shard is reused while its size and time are the same.
+            clock. The index of a shard, or the rows of a manifest, are reused while its size and time are the same.
         progress: show a counter if stderr is a terminal.
         bad_shards: leave out damaged shards, and name them, or stop.
 
     Raises:
         OpsinError: there is nothing at `spec`, it is nothing of these or several at once, it holds no image, a listed
-            file is missing, a shard is damaged and `bad_shards` is "stop", the cache cannot be written, or an object
-            store does not answer.
+            file is missing, a shard is damaged and `bad_shards` is "stop", the cache cannot be written, an object store
+            does not answer, or a source of a manifest is not what it was.
     """
     place = locate(os.fspath(spec))
+    if ending(place.path) == ".parquet" and not listings.is_pattern(place.path):
+        manifest = read_manifest(place, cache)
+        if manifest is not None:
+            return _curated(manifest, [scan(one["spec"], cache, progress, bad_shards) for one in manifest.sources])
     root, listing, is_folder = (_local if place.local else _remote)(place, cache, progress)
     store = Store(root)
     listings.check_arrow(store, listing)
@@ -275,6 +282,23 @@ def _source(store: Store, listing: Listing, is_folder: bool) -> Source:
         fingerprint=digest.hexdigest(),
         total_bytes=sum(size for _, size in listing.files),
         unreadable=listing.unreadable,
+    )
+
+
+def _curated(manifest: Manifest, sources: list[Source]) -> Source:
+    """The images that a manifest keeps of these sources."""
+    digest = hashlib.sha256(manifest.digest.encode())
+    for source in sources:
+        digest.update(source.fingerprint.encode())
+    return Source(
+        root=manifest.where,
+        images=Kept(manifest, sources),
+        count=len(manifest),
+        labels=None,
+        classes=[],
+        fingerprint=digest.hexdigest(),
+        total_bytes=manifest.total_bytes,
+        unreadable=[(joined(source.root, where), told) for source in sources for where, told in source.unreadable],
     )
 
 

@@ -15,14 +15,12 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import cattrs
 import tyro
-import yaml
 
 from opsin.backbone.vit import Architecture
 from opsin.constants import normalisation
@@ -37,6 +35,7 @@ from opsin.pretrain.objective import LossRecipe
 from opsin.pretrain.optim import OptimRecipe
 from opsin.pretrain.parallel import ParallelRecipe
 from opsin.pretrain.schedules import ScheduleRecipe
+from opsin.settings import dumped, parsed, structured, text_of, tree_of
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def stages(recipe: Recipe, images: int | None) -> list[Stage]:
         OpsinError: a phase changes a field that does not exist, or in a way that leaves nothing to go on with.
     """
     found: list[Stage] = []
-    tree = _tree(recipe) | {"phases": []}
+    tree = tree_of(recipe) | {"phases": []}
     for number, phase in enumerate(recipe.phases):
         where = f"phase {phase.name}"
         if phase.name in (stage.phase.name for stage in found if stage.phase):
@@ -196,7 +195,7 @@ def stages(recipe: Recipe, images: int | None) -> list[Stage]:
         for dotted, value in phase.change.items():
             _change(tree, dotted, value, where)
         try:
-            made = _structured(tree, where)
+            made = structured(tree, where, Recipe)
             made = replace(made, steps=phase.steps(made, images), seed=recipe.seed + number)
         except OpsinError as error:
             raise OpsinError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
@@ -245,77 +244,16 @@ def _check_follows(before: Recipe, after: Recipe, where: str) -> None:
         )
 
 
-def _coerced(value: Any, to: type) -> Any:
-    """YAML reads 1e-4 as text, and fields hold whole numbers as floats: numbers are converted, nothing else is."""
-    try:
-        number = float("no number" if isinstance(value, bool) else value)
-        if to is float or number.is_integer():
-            return to(number)
-    except (TypeError, ValueError):
-        pass
-    raise OpsinError(f"{value!r} is not a {'whole ' if to is int else ''}number")
-
-
-def _truth(value: Any, _: type) -> bool:
-    if not isinstance(value, bool):
-        raise OpsinError(f"{value!r} is not true or false")
-    return value
-
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(float, _coerced)
-    converter.register_structure_hook(int, _coerced)
-    converter.register_structure_hook(bool, _truth)
-    return converter
-
-
-def _tree(recipe: Recipe) -> dict[str, Any]:
-    tree: dict[str, Any] = cattrs.unstructure(asdict(recipe))
-    return tree
-
-
-def _structured(tree: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe of a tree of names and values; `where` names its source in messages."""
-    try:
-        return _converter().structure(tree, Recipe)
-    except OpsinError as error:
-        raise OpsinError(f"{where}: {error}") from None
-    except Exception as error:
-        reasons = cattrs.transform_error(error, path="recipe", format_exception=_reason)
-        told = "; ".join(reason.removesuffix(" @ recipe") for reason in reasons)
-        raise OpsinError(f"{where} is not a recipe: {told}") from None
-
-
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, fields in the order of their definition."""
-    return yaml.safe_dump(_tree(recipe), sort_keys=False, allow_unicode=True)
+    return dumped(recipe)
 
 
 def from_yaml(text: str, where: str) -> Recipe:
     """A recipe from YAML; `where` names its source in messages. Unknown keys and wrong types are errors."""
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise OpsinError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise OpsinError(f"{where} is not a recipe: it must hold names and values, as a run's recipe.yaml does.")
-    return _structured(tree, where)
-
-
-def _reason(error: BaseException, kind: type | None) -> str:
-    if isinstance(error, OpsinError):
-        return str(error)
-    if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        return str(unknown("field", sorted(error.extra_fields)[0], [f.name for f in fields(error.cl)]))
-    return cattrs.v.format_exception(error, kind)
+    return parsed(text, where, Recipe)
 
 
 def read(path: Path) -> Recipe:
     """The recipe of a YAML file."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise OpsinError(f"cannot read the recipe {path}: {reason}. Give a name that `opsin recipes` lists.") from None
-    return from_yaml(text, str(path))
+    return from_yaml(text_of(path, "Give a name that `opsin recipes` lists."), str(path))

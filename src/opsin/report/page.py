@@ -16,15 +16,23 @@ SECTIONS = (
     "title",
     "subtitle",
     "summary",
+    "steps",
     "table",
     "says",
     "curves",
     "pca",
     "norms",
     "neighbours",
+    "composition",
+    "sizes",
+    "clusters",
+    "duplicates",
+    "pairs",
+    "dropped",
     "timings",
     "versions",
     "recipe",
+    "settings",
 )
 """The keys that a report may have, in the order of the page."""
 
@@ -35,6 +43,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     - `title`, `subtitle`: text; the title is required.
     - `summary`, `timings`, `versions`: lists of `{"label": …, "value": …}`.
     - `table`: `{"headers": [text], "rows": [[cell]], "note": text}`, the note optional; a row's first cell names it.
+      `steps` and `composition` of a curation are such tables too. `words`, if there, numbers the columns whose cells
+      are lists of lines.
     - `says`: `{"shows": [text], "shows_not": [text]}`.
     - `curves`: list of `{"title": text, "png": picture}`, from `pictures.loss_curves`.
     - `pca`: `{"columns": [text], "rows": [[picture]]}`, from `pictures.pca_grid`.
@@ -42,7 +52,16 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
       above, and as `limit` the number of medians above which a patch is an outlier (text).
     - `neighbours`: list of `{"query": {"image", "label"}, "nearest": [{"image", "label", "match"}]}`, from
       `pictures.neighbour_rows`; a match of None marks nothing.
-    - `recipe`: the YAML text.
+    - `recipe`, `settings`: the YAML text.
+
+    Of a curation, where a shot is `{"image": picture or None, "label": text, "place": text, "notes": [text]}`: an
+    image, its name, where it lies, and what is said below it; `match`, if there and not None, frames or fades it.
+
+    - `sizes`: list of `{"title", "png"}`, from `curation_pictures.cluster_sizes`.
+    - `clusters`, `dropped`: list of `{"title": text, "notes": [text], "shots": [shot]}`.
+    - `duplicates`: list of `{"kept": shot, "notes": [text], "shots": [shot]}`.
+    - `pairs`: `{"threshold": text, "above": [pair], "below": [pair]}` of `{"similarity": text, "shots": [shot, shot]}`,
+      the most similar first.
 
     Pictures are data URIs. The file appears whole or not at all.
 

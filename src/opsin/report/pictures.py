@@ -1,50 +1,30 @@
 """The pictures of a report, as data URIs: curves of a run's metrics, PCA and norms of patches, nearest neighbours."""
 
-import base64
-import io
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 from opsin.errors import OpsinError
+from opsin.report.figures import COLOURS, INK, THUMBNAIL, Pixels, blank, drawn, encode, legend, png, shrunk
 
-Pixels = NDArray[np.uint8]
-"""An image `[H, W, 3]`."""
-
-THUMBNAIL = 112
-"""Longer side in pixels of a neighbour's picture."""
 PHOTO = 256
 """Longer side in pixels of a photo beside pictures of its patches."""
 NORMS = (1 / 3, 10.0)
 """Patch norms in medians that have the darkest and the brightest colour, in every report; between them the logarithm
 counts. Outliers of large models lie at about 10."""
 
-INK = "#7a808a"  # one grey that reads on white and on near-black: the figures are transparent
-COLOURS = ("#d9663b", "#2f8fb5", "#4f9d69", "#a06cc5", "#b8912f", "#cf5f86", "#6b7fd1", "#7d8a5a")
 GLOW = colormaps["inferno"]  # of norms: even steps to the eye, also in grey
 SHADES = LogNorm(*NORMS, clip=True)
 SCHEDULES = {"rate": "Rate", "decay": "Weight decay", "momentum": "Momentum", "teacher_temperature": "Temperature"}
-
-
-def png(array: Pixels) -> str:
-    """An image `[H, W, 3]` (uint8) as a `data:image/png` URI."""
-    array = np.asarray(array)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"a picture is uint8 [H, W, 3], not {array.dtype} {list(array.shape)}.")
-    return _encode(Image.fromarray(array))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -117,7 +97,7 @@ def pca_grid(images: Sequence[Pixels], panels: Mapping[str, Sequence[tuple[Array
     Returns:
         `{"columns": [title], "rows": [[data URI]]}`; PCA pictures have one pixel per patch, background black.
     """
-    rows = [[_encode(_shrunk(image, PHOTO))] for image in images]
+    rows = [[encode(shrunk(image, PHOTO))] for image in images]
     for panel in panels.values():
         for row, (rgb, foreground) in zip(rows, panel, strict=True):
             shown = np.asarray(rgb, dtype=np.float64) * np.asarray(foreground, dtype=bool)[..., None]
@@ -137,7 +117,7 @@ def norm_grid(images: Sequence[Pixels], panels: Mapping[str, Sequence[ArrayLike]
     Returns:
         `{"columns": [text], "rows": [[data URI]]}`; norm pictures have one pixel per patch.
     """
-    rows = [[_encode(_shrunk(image, PHOTO))] for image in images]
+    rows = [[encode(shrunk(image, PHOTO))] for image in images]
     for panel in panels.values():
         for row, norms in zip(rows, panel, strict=True):
             row.append(png(GLOW(SHADES(np.asarray(norms, dtype=np.float64)), bytes=True)[..., :3]))
@@ -156,7 +136,7 @@ def norm_histogram(panels: Mapping[str, ArrayLike], limit: float) -> str:
     low = min(NORMS[0], *(values.min() for values in norms.values()))
     high = max(NORMS[1], *(values.max() for values in norms.values()))
     bins = np.geomspace(low, high, 61)
-    figure, (axes,) = _figure(1, 1)
+    figure, (axes,) = blank(1, 1)
     for colour, (name, values) in zip(itertools.cycle(COLOURS), norms.items()):
         axes.stairs(np.histogram(values, bins)[0], bins, color=colour, linewidth=1.6, label=name)
     axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -170,7 +150,7 @@ def norm_histogram(panels: Mapping[str, ArrayLike], limit: float) -> str:
     axes.set_ylim(bottom=0.7)
     axes.set_ylabel("patches", color=INK, fontsize=9)
     axes.tick_params(which="both", labelbottom=False, length=0)
-    _legend(figure, norms)
+    legend(figure, norms)
 
     strip = axes.inset_axes((0, -0.11, 1, 0.06))
     edges = np.geomspace(low, high, 257)
@@ -184,7 +164,7 @@ def norm_histogram(panels: Mapping[str, ArrayLike], limit: float) -> str:
     strip.xaxis.set_minor_locator(NullLocator())
     strip.tick_params(colors=INK, labelsize=9)
     strip.set_xlabel("norm / median", color=INK, fontsize=9)
-    return _save(figure, few_colours=False)
+    return drawn(figure, few_colours=False)
 
 
 def neighbour_rows(
@@ -206,10 +186,10 @@ def neighbour_rows(
     """
     return [
         {
-            "query": {"image": _encode(_shrunk(query, THUMBNAIL)), "label": label},
+            "query": {"image": encode(shrunk(query, THUMBNAIL)), "label": label},
             "nearest": [
                 {
-                    "image": _encode(_shrunk(gallery[index], THUMBNAIL)),
+                    "image": encode(shrunk(gallery[index], THUMBNAIL)),
                     "label": gallery_labels[index],
                     "match": gallery_labels[index] == label if label else None,
                 }
@@ -218,18 +198,6 @@ def neighbour_rows(
         }
         for query, label, indices in zip(queries, query_labels, nearest, strict=True)
     ]
-
-
-def _encode(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _shrunk(array: Pixels, side: int) -> Image.Image:
-    image = Image.fromarray(np.asarray(array))
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return image
 
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -267,7 +235,7 @@ def _envelope(steps: NDArray[np.float64], values: NDArray[np.float64], bins: int
 
 
 def _chart(title: str, series: Mapping[str, Series]) -> str:
-    figure, (axes,) = _figure(1, 1)
+    figure, (axes,) = blank(1, 1)
     for colour, (name, (steps, values)) in zip(COLOURS, series.items(), strict=False):
         if title == "kNN accuracy":
             axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=5, label=name)
@@ -278,19 +246,12 @@ def _chart(title: str, series: Mapping[str, Series]) -> str:
         axes.set_yscale("log")
     axes.set_xlabel("step", color=INK, fontsize=9)
     if len(series) > 1:
-        _legend(figure, series)
-    return _save(figure)
-
-
-def _legend(figure: Figure, names: Collection[str]) -> None:
-    columns = min(3, len(names), 50 // (max(map(len, names)) + 4))  # about what fits the width
-    figure.legend(
-        loc="outside upper left", frameon=False, fontsize=9, labelcolor=INK, handlelength=1.2, ncols=max(1, columns)
-    )
+        legend(figure, series)
+    return drawn(figure)
 
 
 def _small_multiples(series: Mapping[str, Series]) -> str:
-    figure, panels = _figure(2, 2)
+    figure, panels = blank(2, 2)
     for axes, (name, (steps, values)) in zip(panels, series.items(), strict=False):
         axes.plot(steps, values, color=COLOURS[0], linewidth=1.8)
         axes.set_title(name, color=INK, fontsize=9, loc="left")
@@ -298,27 +259,4 @@ def _small_multiples(series: Mapping[str, Series]) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(3))
     for axes in panels[len(series) :]:
         axes.remove()
-    return _save(figure)
-
-
-def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    # 840 × 560 pixels with 9-point type: about 10 CSS pixels on a phone of 360, 15 in half a desktop page.
-    figure = Figure(figsize=(4.2, 2.8), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for axes in panels:
-        axes.patch.set_visible(False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(which="both", colors=INK, labelsize=9)
-        axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    return figure, panels
-
-
-def _save(figure: Figure, few_colours: bool = True) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    drawn = Image.open(buffer)
-    # A palette of 128 colours keeps the antialiasing and a third of the bytes; colours that run it would tear in bands.
-    return _encode(drawn.quantize(128, Image.Quantize.FASTOCTREE) if few_colours else drawn)
+    return drawn(figure)

@@ -11,7 +11,7 @@ every other (with those of DINOv2 the graph above 0.6 was one component in every
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -273,7 +273,7 @@ def _graph(engine: Engine, heaps: list[Heap], folder: Path, what: Search, settin
     """The neighbours in the folder, if they were found for the same vectors, or new ones."""
     rows = sum(heap.vectors.rows for heap in heaps)
     cells = 0 if rows <= settings.exact_below else settings.cells or 4 * round(rows**0.5)
-    what = what if cells else Search(what.k, what.floor, 0)
+    what = what if cells else replace(what, probes=0)
     inputs = {str(i): heap.vectors for i, heap in enumerate(heaps)}
     made = {**asdict(what), "cells": cells, "whiten": heaps[0].column.whitening is not None}
     step = Step(folder, "neighbours", made, inputs)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 import torch
 
@@ -88,27 +89,41 @@ class Engine:
         if not tasks:
             return
         daft = _daft(self.runner)
-        do = daft.cls(_Worker, cpus=self.threads, gpus=int(self.device.startswith("cuda")))(work, self)
+        name = uuid4().hex
+        do = daft.cls(_Worker, cpus=self.threads, gpus=int(self.device.startswith("cuda")))(work, self, name)
         table = daft.from_pydict({"number": list(range(len(tasks))), "task": [json.dumps(task) for task in tasks]})
         # One task at a time for each worker: both cut a table into pieces of one row, each by its own name for it.
         table = table.into_partitions(len(tasks)) if self.runner == "ray" else table.into_batches(1)
         answers = table.select(table["number"], do(table["number"], table["task"]).alias("answer")).iter_rows()
         with terminated_in_order(), progress(what, total or len(tasks), unit, show=True) as advance:
-            for row in answers:
-                answer = json.loads(row["answer"])
-                if "error" in answer:
-                    raise OpsinError(answer["error"])
-                advance(answer["result"].get("done", 1))
-                yield row["number"], answer["result"]
+            try:
+                for row in answers:
+                    answer = json.loads(row["answer"])
+                    if "error" in answer:
+                        raise OpsinError(answer["error"])
+                    advance(answer["result"].get("done", 1))
+                    yield row["number"], answer["result"]
+            except (Exception, GeneratorExit):
+                _given_up.add(name)  # Daft may hang if its answers are dropped while tasks run: let them end at once
+                with contextlib.suppress(Exception):
+                    for _ in answers:
+                        pass
+                raise
+
+
+_given_up: set[str] = set()
+"""Calls of `run` in this process that have failed, whose tasks need not be done any more."""
 
 
 class _Worker:
     """Turns a task into its result, both as text; lives in Daft's workers."""
 
-    def __init__(self, work: Work, engine: Engine) -> None:
-        self.work, self.engine = work, engine
+    def __init__(self, work: Work, engine: Engine, name: str) -> None:
+        self.work, self.engine, self.name = work, engine, name
 
     def __call__(self, number: int, task: str) -> str:  # noqa: ARG002 (the number keeps equal tasks apart)
+        if self.name in _given_up:
+            return json.dumps({"error": "given up"})
         torch.set_num_threads(self.engine.threads)  # of this thread: Daft has its own
         try:
             return json.dumps({"result": self.work(json.loads(task), self.engine)})

@@ -29,7 +29,7 @@ import torch
 from common import finish, last_line
 from torch import Tensor
 
-from opsin.curate.cells import Heap, build_cells
+from opsin.curate.cells import PROBES, Heap, build_cells
 from opsin.curate.cluster import Cluster, cluster
 from opsin.curate.components import Components
 from opsin.curate.engine import Engine
@@ -39,7 +39,7 @@ from opsin.curate.tables import Table, write_part
 from opsin.curate.vectors import Column, read_vectors, vector_array
 
 D, PART, INNER = 384, 16_384, 32
-K, FLOOR, PROBES = 64, -1.0, 64
+K, FLOOR = 64, -1.0
 SEEN = 500
 """Queries whose neighbours are compared with the exact ones."""
 ENGINE = Engine(memory=1.0)
@@ -88,7 +88,7 @@ def recall(found: dict[int, set[int]], queries: Any, nearest: Any) -> float:
 
 def lists_of(rows: int) -> int:
     """Cells of the search, ours and Faiss's."""
-    return 4 * int(rows**0.5)
+    return round(float(rows) ** 0.5)
 
 
 def ours_neighbours(table: Table, scratch: Path, _: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from opsin.curate.engine import Engine
 from opsin.curate.fetch import Fetch
 from opsin.curate.fit import FitCopies
 from opsin.curate.ingest import Ingest
-from opsin.curate.recipe import Curation, named
+from opsin.curate.recipe import Curation, named, numbered
 from opsin.curate.retrieve import Retrieve
 from opsin.curate.sample import Sample
 from opsin.curate.tables import Table as Vectors
@@ -257,7 +257,7 @@ def retrieve(
     Args:
         vectors: folder of `opsin curate embed` of the heap, or any Parquet with a column of vectors.
         out: folder of the result.
-        nearest: query sets, each as NAME=TABLE of vectors, every image of which retrieves its nearest.
+        nearest: query sets, each as NAME=TABLE or NAME:N=TABLE of vectors, whose images retrieve their N nearest each.
         by_cluster: query sets, each as NAME=TABLE of vectors, whose images choose clusters.
         clusters: folder of `opsin curate cluster`, for --by-cluster.
         kept: folder of `opsin curate dedup`: only what it keeps is retrieved.
@@ -267,7 +267,11 @@ def retrieve(
     from opsin.curate.retrieve import Query
     from opsin.curate.retrieve import retrieve as run
 
-    queries = [Query(name, Vectors(Path(spec)), "sample") for name, spec in named(nearest, "nearest").items()]
+    queries = [
+        Query(name, Vectors(Path(spec)), "sample", count)
+        for given, spec in named(nearest, "nearest").items()
+        for name, count in [numbered(given)]
+    ]
     queries += [Query(name, Vectors(Path(spec)), "cluster") for name, spec in named(by_cluster, "by-cluster").items()]
     chosen = None if clusters is None else Vectors(clusters)
     left = None if kept is None else Vectors(kept)

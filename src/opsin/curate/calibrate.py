@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from opsin.curate.album import rows_of
-from opsin.curate.cells import Heap, build_cells
+from opsin.curate.cells import EXACT_BELOW, PROBES, Heap, build_cells, cells_for
 from opsin.curate.copies import KINDS, copy_of
 from opsin.curate.embed import Embed, embed, opened
 from opsin.curate.embedders import FINER, NETWORK_SIZE
@@ -47,10 +47,6 @@ Numbers = NDArray[np.int64]
 
 NEIGHBOURS: Final = 16
 """Images of the heap that are looked at for a copy: more are near it only where no threshold could be precise."""
-EXACT_BELOW: Final = 100_000
-"""Images of the heap up to which the search compares with all; above, with 64 cells of 4·√n, as de-duplication does."""
-PROBES: Final = 64
-"""Cells that such a search looks into."""
 POINTS: Final = 200
 """Thresholds of the curve."""
 NOTE: Final = (
@@ -323,7 +319,7 @@ def _matches(
     engine: Engine, images: Table, vectors: Table, copies: Table, column: Column, scratch: Path
 ) -> tuple[NDArray[np.str_], Matches]:
     """The kinds of all copies, `[copies]`, and what came near them."""
-    cells = 0 if vectors.rows <= EXACT_BELOW else 4 * round(vectors.rows**0.5)
+    cells = cells_for(vectors.rows, EXACT_BELOW, None)
     heap = build_cells(engine, [Heap(vectors, column)], scratch / "heap", cells=cells)
     of_copies = [Heap(Table(scratch / "vectors"), column)]
     queries = build_cells(engine, of_copies, scratch / "queries", cells=0, like=heap)

@@ -30,6 +30,10 @@ Numbers = NDArray[np.int64]
 
 SEEN_PER_CELL = 48
 """Vectors per cell from which centroids are found: k-means on more gains nothing for a partition."""
+EXACT_BELOW = 100_000
+"""Vectors up to which a search compares all with all."""
+PROBES = 16
+"""Cells that a search looks into for the vectors of a cell, where it does not."""
 ITERATIONS = 8
 """Of the k-means that finds them."""
 
@@ -96,6 +100,14 @@ def _mapped(file: Path) -> NDArray[Any]:
 def open_cells(folder: Path) -> Cells:
     """`Cells`, opened once in a process."""
     return Cells(folder)
+
+
+def cells_for(vectors: int, exact_below: int, given: int | None) -> int:
+    """How many cells so many vectors are sorted into: 0 where a search is exact, else those given, or about √n.
+
+    With √n cells, a cell has √n vectors: products of matrices are large, and finding cells costs as much as searching.
+    """
+    return 0 if vectors <= exact_below else given or round(vectors**0.5)
 
 
 def build_cells(

@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opsin.curate.cells import Heap, build_cells
+from opsin.curate.cells import EXACT_BELOW, PROBES, Heap, build_cells, cells_for
 from opsin.curate.components import Components
 from opsin.curate.engine import Engine
 from opsin.curate.examples import groups_of, pairs_around
 from opsin.curate.hashes import Keys, equal_pairs, words
 from opsin.curate.neighbours import Search, edges, found_files, rows_between, search
+from opsin.curate.recall import recall
 from opsin.curate.representatives import Representatives
 from opsin.curate.tables import STEP, Step, Table, read, read_step, tasks_of, write_part
 from opsin.curate.vectors import Column
@@ -68,12 +69,12 @@ class Dedup:
     without searching again."""
     perceptual: bool = True
     """Drop images with equal perceptual hashes before."""
-    exact_below: int = 100_000
+    exact_below: int = EXACT_BELOW
     """Vectors up to which the search compares all with all."""
     cells: int | None = None
-    """Cells of a search that does not; None for 4·√n."""
-    probes: int = 64
-    """Cells that are searched for the vectors of a cell."""
+    """Cells of a search that does not; None for √n."""
+    probes: int = PROBES
+    """Cells that are searched for the vectors of a cell. The share of the neighbours that this finds is measured."""
     largest: float = 0.01
     """Share of the images that may be in one component, before the step stops and asks."""
     dropped: float = 0.3
@@ -150,6 +151,7 @@ def dedup(
         components.join(*edges(file, threshold)[:2])
     representatives = Representatives(step.scratch, components, fates.seen, images)
     fates.drop_copies(representatives, REASONS.index("near-duplicate"))
+    facts["recall"] = read_step(graph)["facts"]["recall"]
     facts["pairs"] = pairs_around(found, threshold)
     facts["groups"] = groups_of(components, representatives, fates.seen, found)
     facts["largest"] = max([1, *(group["size"] for group in facts["groups"])])
@@ -272,7 +274,7 @@ def _kept(fates: _Fates, vectors: Table, folder: Path) -> Table:
 def _graph(engine: Engine, heaps: list[Heap], folder: Path, what: Search, settings: Dedup) -> list[Path]:
     """The neighbours in the folder, if they were found for the same vectors, or new ones."""
     rows = sum(heap.vectors.rows for heap in heaps)
-    cells = 0 if rows <= settings.exact_below else settings.cells or 4 * round(rows**0.5)
+    cells = cells_for(rows, settings.exact_below, settings.cells)
     what = what if cells else replace(what, probes=0)
     inputs = {str(i): heap.vectors for i, heap in enumerate(heaps)}
     made = {**asdict(what), "cells": cells, "whiten": heaps[0].column.whitening is not None}
@@ -280,7 +282,8 @@ def _graph(engine: Engine, heaps: list[Heap], folder: Path, what: Search, settin
     if not step.done:
         sorted_ = build_cells(engine, heaps, step.scratch / "cells", cells=cells)
         search(engine, sorted_, sorted_, folder, what)
-        step.finish({"vectors": sorted_.count})
+        found = recall(engine, sorted_, found_files(folder), what, step.scratch) if cells else 1.0
+        step.finish({"vectors": sorted_.count, "recall": found})
     return found_files(folder)
 
 

@@ -26,7 +26,7 @@ from opsin.curate.embed import embed
 from opsin.curate.fetch import fetch, is_urls
 from opsin.curate.ingest import images_table, ingest
 from opsin.curate.manifest import write_manifest
-from opsin.curate.recipe import Curation, named
+from opsin.curate.recipe import Curation, named, numbered
 from opsin.curate.retrieve import Mode, Query, retrieve
 from opsin.curate.sample import sample
 from opsin.curate.tables import Table, read_step
@@ -55,6 +55,8 @@ def curate(
         OpsinError: the recipe does not fit together, another curation works in `out`, or what a step raises.
     """
     sets = {option: named(getattr(recipe, option), option.replace("_", "-")) for option in SETS}
+    count = dict(numbered(name) for name in sets["nearest"])
+    sets["nearest"] = {numbered(name)[0]: spec for name, spec in sets["nearest"].items()}
     _check(recipe, sets)
     with only_run(make_folder(out)):
         write(out / RECIPE, dumped(recipe))
@@ -82,7 +84,11 @@ def curate(
             clusters = Table(out / "clusters")
             say(f"clusters: {len(facts['levels'])} levels{_seconds(facts)}")
         if sets["as_is"] or sets["nearest"] or sets["by_cluster"]:
-            queries = [Query(name, tables[name], mode) for option, mode in MODES for name in sets[option]]
+            queries = [
+                Query(name, tables[name], mode, count[name] if mode == "sample" else None)
+                for option, mode in MODES
+                for name in sets[option]
+            ]
             facts = retrieve(
                 recipe.engine,
                 vectors,
@@ -131,6 +137,9 @@ def _check(recipe: Curation, sets: Mapping[str, Mapping[str, str]]) -> None:
         specs = {each[name] for each in sets.values() if name in each}
         if len(specs) > 1:
             raise OpsinError(f"the set '{name}' is given with different sources: {' and '.join(sorted(specs))}.")
+    for name in sets["nearest"]:
+        if name in sets["by_cluster"]:
+            raise OpsinError(f"the set '{name}' is given in --nearest and --by-cluster: choose one, or two names.")
 
 
 def _every(sets: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -27,7 +27,8 @@ class Curation:
     as_is: tuple[str, ...] = ()
     """Sets that go into the result as they are, each as NAME=SRC."""
     nearest: tuple[str, ...] = ()
-    """Query sets, each as NAME=SRC, of whose images every one retrieves its nearest in the heap (large sets)."""
+    """Query sets, each as NAME=SRC or NAME:N=SRC, of whose images every one retrieves its N nearest in the heap (large
+    sets; N is retrieve.nearest if it is not given)."""
     by_cluster: tuple[str, ...] = ()
     """Query sets, each as NAME=SRC, whose images choose clusters of the heap (small sets)."""
     fetch: Fetch = field(default_factory=Fetch)
@@ -54,6 +55,20 @@ class Curation:
 def read(path: Path) -> Curation:
     """The recipe of a YAML file; unknown keys and wrong types are errors."""
     return parsed(text_of(path, "Give the recipe.yaml of a curation."), str(path), Curation)
+
+
+def numbered(name: str) -> tuple[str, int | None]:
+    """The name of a query set that may be given as NAME:N, and N.
+
+    Raises:
+        OpsinError: N is no number.
+    """
+    name, colon, number = name.partition(":")
+    if colon and not (number.isdecimal() and int(number)):
+        raise OpsinError(
+            f"--nearest {name}:{number} gives no number of neighbours: write {name}:32=SRC, or {name}=SRC."
+        )
+    return name, int(number) if colon else None
 
 
 def named(sets: tuple[str, ...], option: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from opsin.curate.cells import Cells, Heap, build_cells
+from opsin.curate.cells import EXACT_BELOW, PROBES, Cells, Heap, build_cells, cells_for
 from opsin.curate.engine import Engine, Task, in_order
 from opsin.curate.groups import Rows, passes, smallest
 from opsin.curate.kmeans import assign, save_arrays
@@ -52,11 +52,11 @@ class Retrieve:
     """A cluster is hit if more than so many images of the set lie in it."""
     cap: int = 1_000_000
     """Images for a set of mode `cluster`, at most: so many of those drawn, at random."""
-    exact_below: int = 100_000
+    exact_below: int = EXACT_BELOW
     """Images of the heap up to which the search for the nearest compares with all."""
     cells: int | None = None
-    """Cells of a search that does not; None for 4·√n."""
-    probes: int = 64
+    """Cells of a search that does not; None for √n."""
+    probes: int = PROBES
     """Cells that are searched for the vectors of a cell."""
     column: str = "semantic"
     """Of the vectors."""
@@ -256,7 +256,7 @@ class _Finder:
     def _pool(self) -> Cells:
         """The images that can be retrieved, sorted by cell; made for the first set."""
         settings, rows = self.settings, self.vectors.rows
-        cells = 0 if rows <= settings.exact_below else settings.cells or 4 * round(rows**0.5)
+        cells = cells_for(rows, settings.exact_below, settings.cells)
         heap = Heap(self.vectors, Column(settings.column), self.kept)
         return build_cells(self.engine, [heap], self.scratch / "pool", cells=cells, seed=settings.seed)
 

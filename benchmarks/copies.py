@@ -12,7 +12,7 @@ had is left out and named. All settings below were fixed before the measured run
 - Measured: whole photos of opencv-doc, python3-skimage, darknet and labelme-examples, and 4 × 3 tiles, a gap between
   them, of every photo of mate-backgrounds; shorter side 320 pixels at most, standard deviation of the luma 15 or more.
   Of each, one copy of each of seven kinds (`opsin.curate.copies`), seed 1. Two tiles of one photo are different
-  images: a pair of them is a wrong pair.
+  images: a pair of them is a wrong pair (the precision in brackets leaves these pairs out).
 - Real families: files of one photo at several sizes, encodings and colour spaces, which are copies; and stereo pairs,
   frames of a video and photos from two places, which are near-duplicates at most. A pair within one is right.
 - All of it is one heap. A pair above a threshold is right if both are of one family. The precision of a kind is that
@@ -103,12 +103,14 @@ def judged(
     """
     same = labels.family[:, None] == labels.family
     wrong = pairs & ~same
+    inside = wrong & (labels.photo[:, None] == labels.photo)
     original = labels.kind == "original"
     result: dict[str, Any] = {
         "pairs": int(pairs.sum()) // 2,
         "precision": share(pairs & same, pairs),
+        "precision between photos": share(pairs & same, pairs & ~inside),
         "wrong pairs": int(wrong.sum()) // 2,
-        "of these within one photo": int((wrong & (labels.photo[:, None] == labels.photo)).sum()) // 2,
+        "of these within one photo": int(inside.sum()) // 2,
         "wrong pairs of originals": int(wrong[np.ix_(original, original)].sum()) // 2,
         "kinds": {},
         "real": {},
@@ -175,7 +177,9 @@ def hashes(files: list[str]) -> dict[str, NDArray[np.float64]]:
     """Minus the Hamming distances `[n, n]` of the perceptual hashes of imagehash, 64 bits each."""
     found: dict[str, list[NDArray[np.bool_]]] = {"phash": [], "dhash": [], "whash": []}
     for file in files:
-        image = Image.open(file).convert("RGB")
+        image = Image.open(file)
+        image.draft("RGB", (1024, 1024))
+        image = image.convert("RGB")
         image.thumbnail((512, 512))  # all of them shrink it further
         for name, bits in found.items():
             bits.append(getattr(imagehash, name)(image).hash.ravel())
@@ -192,23 +196,29 @@ def cosines(vectors: Table, column: Column) -> NDArray[np.float32]:
 
 def table_of(methods: dict[str, dict[str, Any]]) -> str:
     """Markdown: precision and recall by kind; real families and components."""
-    kinds = "| method | threshold | all pairs | " + " | ".join(PLANTED) + " |"
+    kinds = "| method | threshold | all pairs (between photos) | " + " | ".join(PLANTED) + " |"
     lines = [kinds, "| --- " * (3 + len(PLANTED)) + "|"]
     for name, found in methods.items():
         cells = [
             f"{number(found['kinds'][kind]['precision'])} / {found['kinds'][kind]['recall']:.3f}" for kind in PLANTED
         ]
-        lines.append(
-            f"| {name} | {found['threshold']:.4g} | {number(found['precision'])} | " + " | ".join(cells) + " |"
-        )
+        lines.append(f"| {name} | {found['threshold']:.4g} | {pairs} | " + " | ".join(cells) + " |")
     real = dict.fromkeys(group for group, *_ in REAL)
     heads = [f"{group}: pairs, families" for group in real]
-    columns = ["method", "planted families kept as one", "photos lost", "largest component", "wrong pairs", *heads]
+    columns = [
+        "method",
+        "planted families kept as one",
+        "photos lost",
+        "images kept",
+        "largest component",
+        "wrong pairs",
+        *heads,
+    ]
     lines += ["", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for name, found in methods.items():
         cells = [f"{number(r['recall'])}, {r['kept as one']} of {r['families']}" for r in found["real"].values()]
         wrong = f"{found['wrong pairs']:,} ({found['of these within one photo']:,} within one photo)"
-        row = [name, f"{found['kept as one']} of {found['families']}", f"{found['lost']}"]
+        row = [name, f"{found['kept as one']} of {found['families']}", f"{found['lost']}", f"{found['kept images']:,}"]
         lines.append("| " + " | ".join([*row, f"{found['largest component']:,}", wrong, *cells]) + " |")
     return "\n".join(lines)
 

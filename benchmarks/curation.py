@@ -88,7 +88,7 @@ def recall(found: dict[int, set[int]], queries: Any, nearest: Any) -> float:
 
 def lists_of(rows: int) -> int:
     """Cells of the search, ours and Faiss's."""
-    return round(float(rows) ** 0.5)
+    return int(rows**0.5)
 
 
 def ours_neighbours(table: Table, scratch: Path, _: dict[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class _SearchCells:
         return {"done": task["rows"]}
 
 
-TOGETHER = 512
+TOGETHER = 256
 """Queries, about, that are looked for together: those of successive cells, which lie near each other. Fewer would keep
 the products of matrices from their speed."""
 
@@ -214,6 +214,8 @@ def _nearest(
         if itself is not None:
             apart = other != itself[row]
             row, other, similar = row[apart], other[apart], similar[apart]
+        if not len(row):
+            continue
         rows, others, values = (np.concatenate(pair) for pair in ((rows, row), (others, other), (values, similar)))
         rows, others, values = _best(rows, others, values, what.k)
         count = np.bincount(rows, minlength=len(vectors))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from opsin.curate.album import rows_of
-from opsin.curate.cells import EXACT_BELOW, PROBES, Heap, build_cells, cells_for
+from opsin.curate.cells import EXACT_BELOW, PROBES, VectorSet, build_cells, cells_for
 from opsin.curate.copies import KINDS, copy_of
 from opsin.curate.embed import Embed, embed, opened
 from opsin.curate.embedders import FINER, NETWORK_SIZE
@@ -320,8 +320,8 @@ def _matches(
 ) -> tuple[NDArray[np.str_], Matches]:
     """The kinds of all copies, `[copies]`, and what came near them."""
     cells = cells_for(vectors.rows, EXACT_BELOW, None)
-    heap = build_cells(engine, [Heap(vectors, column)], scratch / "heap", cells=cells)
-    of_copies = [Heap(Table(scratch / "vectors"), column)]
+    heap = build_cells(engine, [VectorSet(vectors, column)], scratch / "heap", cells=cells)
+    of_copies = [VectorSet(Table(scratch / "vectors"), column)]
     queries = build_cells(engine, of_copies, scratch / "queries", cells=0, like=heap)
     search(engine, queries, heap, scratch / "found", Search(NEIGHBOURS, -1.0, PROBES if cells else 0))
     pairs = [edges(file, -math.inf) for file in found_files(scratch / "found")]

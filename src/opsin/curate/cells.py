@@ -7,6 +7,7 @@ found by its offset: these scratch files are .npy, in fp16; what steps hand to e
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -39,7 +40,7 @@ ITERATIONS = 8
 
 
 @dataclass(frozen=True)
-class Heap:
+class VectorSet:
     """A table of vectors, as it goes into cells."""
 
     vectors: Table
@@ -58,6 +59,7 @@ class Cells:
         about: dict[str, Any] = json.loads((folder / "cells.json").read_text())
         self.dimensions: int = about["dimensions"]
         """D."""
+        self._written = _written(folder / "cells.json")
         self.buckets: list[int] = about["buckets"]
         """First position of every bucket, a file; and the number of vectors."""
 
@@ -84,21 +86,31 @@ class Cells:
         while start < stop:
             first, end = self.buckets[bucket], self.buckets[bucket + 1]
             here = slice(start - first, min(stop, end) - first)
-            vectors.append(_mapped(self.folder / f"vectors-{bucket:06d}.npy")[here])
-            numbers.append(_mapped(self.folder / f"numbers-{bucket:06d}.npy")[here])
+            vectors.append(_mapped(self.folder / f"vectors-{bucket:06d}.npy", self._written)[here])
+            numbers.append(_mapped(self.folder / f"numbers-{bucket:06d}.npy", self._written)[here])
             start, bucket = min(stop, end), bucket + 1
         return torch.from_numpy(np.concatenate(vectors)).float(), np.concatenate(numbers)
 
 
+def _written(file: Path) -> tuple[int, int]:
+    """Tells a file from one that takes its place later: what is cached in a process must not outlive its file."""
+    about = file.stat()
+    return about.st_ino, about.st_mtime_ns
+
+
 @lru_cache(maxsize=512)
-def _mapped(file: Path) -> NDArray[Any]:
+def _mapped(file: Path, written: tuple[int, int]) -> NDArray[Any]:  # noqa: ARG001 (part of the key)
     mapped: NDArray[Any] = np.load(file, mmap_mode="r")
     return mapped
 
 
-@lru_cache(maxsize=8)
 def open_cells(folder: Path) -> Cells:
     """`Cells`, opened once in a process."""
+    return _opened(folder, _written(folder / "cells.json"))
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: Path, written: tuple[int, int]) -> Cells:  # noqa: ARG001 (part of the key)
     return Cells(folder)
 
 
@@ -111,7 +123,7 @@ def cells_for(vectors: int, exact_below: int, given: int | None) -> int:
 
 
 def build_cells(
-    engine: Engine, heaps: Sequence[Heap], folder: Path, *, cells: int, like: Cells | None = None, seed: int = 0
+    engine: Engine, heaps: Sequence[VectorSet], folder: Path, *, cells: int, like: Cells | None = None, seed: int = 0
 ) -> Cells:
     """Sort the vectors of `heaps` by cell into `folder`; what is there already is not done again.
 
@@ -119,7 +131,7 @@ def build_cells(
         engine: where it runs.
         heaps: tables of vectors of one width; numbers go on from one to the next.
         folder: where the cells are written.
-        cells: how many; 0 for cells of successive vectors, without centroids.
+        cells: how many, at most; 0 for cells of successive vectors, without centroids.
         like: use the centroids of these cells instead of finding some.
         seed: of the k-means.
 
@@ -128,19 +140,25 @@ def build_cells(
     """
     if (folder / "cells.json").exists():
         return open_cells(folder)
-    make_folder(folder)
-    widths = [_width(heap) for heap in heaps]
-    if len({*widths, *([like.dimensions] if like else [])}) > 1:
+    widths = [width(heap.vectors, heap.column.name) for heap in heaps]
+    dimensions, file = _dimensions(heaps[0].column, widths[0]), folder / "centroids.npy"
+    if like is not None and like.dimensions != dimensions:
+        widths = [like.dimensions, dimensions]
+    if len({*widths}) > 1:
         raise OpsinError(
-            f"vectors of {' and '.join(map(str, dict.fromkeys([*widths, *([like.dimensions] if like else [])])))} "
-            "numbers cannot be compared: embed all sets with one network."
+            f"vectors of {' and '.join(map(str, dict.fromkeys(widths)))} numbers cannot be compared: embed all sets "
+            "with one network."
         )
-    dimensions, file = widths[0], folder / "centroids.npy"
+    plan = json.dumps({"memory": engine.bytes, "cells": cells, "seed": seed})
+    if (folder / "plan.json").exists() and (folder / "plan.json").read_text() != plan:
+        shutil.rmtree(folder)  # of a run that was stopped and had cut its tasks otherwise
+    write(make_folder(folder) / "plan.json", plan)
     if like is not None and like.centroids is not None:
         _save(file, like.centroids.numpy())
     elif cells and not file.exists():
         seen = _sample(engine, heaps, dimensions, cells * SEEN_PER_CELL, seed)
-        _save(file, _side_by_side(lloyd(seen, min(cells, len(seen)), ITERATIONS, seed).centroids, seed))
+        different = len({hash(vector.tobytes()) for vector in seen.numpy()})
+        _save(file, _side_by_side(lloyd(seen, min(cells, different), ITERATIONS, seed).centroids, seed))
     tasks: list[Task] = []
     first = 0
     for heap in heaps:
@@ -198,7 +216,7 @@ def _near(offsets: Numbers, position: int, most: int) -> int:
 class _Sort:
     """Assign the vectors of some parts, and write them in the order of their cells."""
 
-    heaps: tuple[Heap, ...]
+    heaps: tuple[VectorSet, ...]
     folder: Path
     dimensions: int
 
@@ -208,10 +226,11 @@ class _Sort:
         found = [_read(heap, i, self.dimensions) for i in task["parts"]]
         vectors = torch.cat([vectors for vectors, _ in found])
         numbers = np.concatenate([rows + part.first for (_, rows), part in zip(found, parts, strict=True)])
-        centroids = _centroids(self.folder / "centroids.npy")
-        if centroids is None:
+        file = self.folder / "centroids.npy"
+        if not file.exists():
             cells = np.full(len(numbers), task["out"], np.int64)
         else:
+            centroids = _centroids(file, _written(file))
             cells = assign(vectors, centroids, engine.bytes // 4)[0].numpy()
         order = np.argsort(cells, kind="stable")
         name = f"{task['out']:06d}.npy"
@@ -270,7 +289,7 @@ def _side_by_side(centroids: NDArray[np.float32], seed: int) -> NDArray[np.float
     return centroids[np.argsort(place[assign(points, middles)[0].numpy()], kind="stable")]
 
 
-def _sample(engine: Engine, heaps: Sequence[Heap], dimensions: int, wanted: int, seed: int) -> Tensor:
+def _sample(engine: Engine, heaps: Sequence[VectorSet], dimensions: int, wanted: int, seed: int) -> Tensor:
     """About so many vectors `[m, D]`, from many parts of all heaps, as far as memory allows."""
     wanted = min(wanted, engine.bytes // (12 * dimensions))
     parts = [(heap, i) for heap in heaps for i in range(len(heap.vectors.parts))]
@@ -291,7 +310,7 @@ def _sample(engine: Engine, heaps: Sequence[Heap], dimensions: int, wanted: int,
     return found
 
 
-def _read(heap: Heap, number: int, dimensions: int) -> tuple[Tensor, Numbers]:
+def _read(heap: VectorSet, number: int, dimensions: int) -> tuple[Tensor, Numbers]:
     """The vectors of a part that count, and their rows in it."""
     part: Part = heap.vectors.parts[number]
     raw = dimensions if heap.column.whitening is None else len(read_whitening(heap.column.whitening)[0])
@@ -302,15 +321,14 @@ def _read(heap: Heap, number: int, dimensions: int) -> tuple[Tensor, Numbers]:
     return vectors[torch.from_numpy(kept)], rows[kept]
 
 
-def _width(heap: Heap) -> int:
-    if heap.column.whitening is not None:
-        return int(read_whitening(heap.column.whitening)[1].shape[1])
-    return width(heap.vectors, heap.column.name)
+def _dimensions(column: Column, raw: int) -> int:
+    """Of vectors of `raw` numbers, once they are whitened."""
+    return raw if column.whitening is None else int(read_whitening(column.whitening)[1].shape[1])
 
 
 @lru_cache(maxsize=2)
-def _centroids(file: Path) -> Tensor | None:
-    return torch.from_numpy(np.load(file)) if file.exists() else None
+def _centroids(file: Path, written: tuple[int, int]) -> Tensor:  # noqa: ARG001 (part of the key)
+    return torch.from_numpy(np.load(file))
 
 
 def _save(file: Path, array: NDArray[Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from opsin.curate.cells import EXACT_BELOW, PROBES, Heap, build_cells, cells_for
+from opsin.curate.cells import EXACT_BELOW, PROBES, VectorSet, build_cells, cells_for
 from opsin.curate.components import Components
 from opsin.curate.engine import Engine
 from opsin.curate.examples import groups_of, pairs_around
@@ -122,6 +122,7 @@ def dedup(
     references = references or {}
     if images is not None:
         images.aligned(vectors)
+        images.require("hash", "phash", "width", "height", "sharpness", "path")
     inputs = {"vectors": vectors, **({"images": images} if images else {})}
     step = Step(out, "dedup", asdict(settings), inputs | {f"reference {name}": t for name, t in references.items()})
     if step.done:
@@ -146,7 +147,7 @@ def dedup(
     which = _kept(fates, vectors, step.scratch / "kept")
     read_as = column_of(engine, vectors, settings, graph)
     what = Search(settings.nearest, min(settings.floor, threshold), settings.probes)
-    found = _graph(engine, [Heap(vectors, read_as, which)], graph, what, settings)
+    found = _graph(engine, [VectorSet(vectors, read_as, which)], graph, what, settings, images)
     for file in found:
         components.join(*edges(file, threshold)[:2])
     representatives = Representatives(step.scratch, components, fates.seen, images)
@@ -158,9 +159,9 @@ def dedup(
 
     if references:
         which = _kept(fates, vectors, step.scratch / "kept-apart")
-        heaps = [Heap(vectors, read_as, which), *(Heap(table, read_as) for table in references.values())]
+        heaps = [VectorSet(vectors, read_as, which), *(VectorSet(table, read_as) for table in references.values())]
         what = Search(settings.nearest, reference_threshold, settings.probes)
-        near = _graph(engine, heaps, step.scratch / "references", what, settings)
+        near = _graph(engine, heaps, step.scratch / "references", what, settings, images)
         _drop_near(fates, near, reference_threshold, vectors.rows, references, step.scratch)
     facts["dropped"] = fates.counts(references)
     facts["kept"] = int((fates.why == KEPT).sum())
@@ -242,9 +243,10 @@ def _name(vectors: Table, settings: Dedup) -> str:
     return name
 
 
-def threshold_known(vectors: Table) -> bool:
+def threshold_known(vectors: Table, settings: Dedup) -> bool:
     """Whether the paper's thresholds hold: for a network that was declared to be one for copy detection."""
-    return bool(_made(vectors).get("settings", {}).get("copy_detector"))
+    declared = bool(_made(vectors).get("settings", {}).get("copy_detector"))
+    return declared and _name(vectors, settings) == "copies"
 
 
 def _made(vectors: Table) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _made(vectors: Table) -> dict[str, Any]:
 
 def _thresholds(vectors: Table, settings: Dedup) -> tuple[float, float]:
     low, high = settings.reference_threshold, settings.threshold
-    if high is None and not threshold_known(vectors):
+    if high is None and not threshold_known(vectors, settings):
         raise OpsinError(
             f"no threshold is known for the vectors of {shown(vectors.path)}: find one with opsin curate calibrate, "
             "and give --threshold; only of a network declared as --copy-detector the paper's 0.6 is taken."
@@ -271,13 +273,17 @@ def _kept(fates: _Fates, vectors: Table, folder: Path) -> Table:
     return Table(folder)
 
 
-def _graph(engine: Engine, heaps: list[Heap], folder: Path, what: Search, settings: Dedup) -> list[Path]:
-    """The neighbours in the folder, if they were found for the same vectors, or new ones."""
+def _graph(
+    engine: Engine, heaps: list[VectorSet], folder: Path, what: Search, settings: Dedup, images: Table | None
+) -> list[Path]:
+    """The neighbours in the folder, if they were found for the same vectors and images that count, or new ones."""
     rows = sum(heap.vectors.rows for heap in heaps)
     cells = cells_for(rows, settings.exact_below, settings.cells)
     what = what if cells else replace(what, probes=0)
-    inputs = {str(i): heap.vectors for i, heap in enumerate(heaps)}
-    made = {**asdict(what), "cells": cells, "whiten": heaps[0].column.whitening is not None}
+    inputs = {str(i): heap.vectors for i, heap in enumerate(heaps)} | ({"images": images} if images else {})
+    column = heaps[0].column
+    made = {**asdict(what), "cells": cells, "column": column.name, "whiten": column.whitening is not None}
+    made["perceptual"] = settings.perceptual and images is not None
     step = Step(folder, "neighbours", made, inputs)
     if not step.done:
         sorted_ = build_cells(engine, heaps, step.scratch / "cells", cells=cells)

@@ -33,6 +33,8 @@ def equal_pairs(
         if not numbers:
             return
         all_keys, all_numbers = np.concatenate(keys), np.concatenate(numbers)
+        if not len(all_numbers):
+            continue
         order = np.lexsort((all_numbers, *all_keys.T))
         all_keys, all_numbers = all_keys[order], all_numbers[order]
         same = np.concatenate([[False], (all_keys[1:] == all_keys[:-1]).all(axis=1)])
@@ -46,8 +48,7 @@ def _share(keys: Keys, passes: int) -> NDArray[np.uint64]:
 
 
 def words(column: NDArray[Any]) -> Keys:
-    """Hashes as rows of 64-bit words: of bytes the first 16, of numbers themselves."""
+    """Hashes as rows of 64-bit words: of bytes `[m, n]` the first 16, of numbers `[m]` themselves."""
     if column.dtype == np.uint64:
         return column.reshape(-1, 1)
-    wide = np.ascontiguousarray(column).view(np.uint8).reshape(len(column), -1)
-    return np.ascontiguousarray(wide[:, :16]).view(np.uint64)
+    return np.ascontiguousarray(column[:, :16]).view(np.uint64)

@@ -202,13 +202,14 @@ def _nearest(
 ) -> tuple[Numbers, Numbers, NDArray[np.float32]]:
     """Pairs (query, neighbour, similarity) of a block of queries `[q, D]`, by query and then the nearest first."""
     bar = torch.full((len(vectors), 1), what.floor if what.floor > -1 else -2.0, device=vectors.device)
+    bar = bar.nextafter(torch.full_like(bar, torch.inf))  # what reaches it is above the floor
     rows, others = np.empty(0, np.int64), np.empty(0, np.int64)
     values = np.empty(0, np.float32)
     for block in spans:
         read = [base.read(*span) for span in block]
         among, names = torch.cat([v for v, _ in read]).to(vectors.device), np.concatenate([n for _, n in read])
         products = vectors @ among.T
-        reach = _above(products, bar, what.k)
+        reach = _above(products, bar, what.k, names)
         row, column = (index.cpu().numpy() for index in reach)
         similar, other = products[reach].cpu().numpy(), names[column]
         if itself is not None:
@@ -225,10 +226,11 @@ def _nearest(
     return numbers[rows], others, values
 
 
-def _above(products: Tensor, bar: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _above(products: Tensor, bar: Tensor, k: int, names: Numbers) -> tuple[Tensor, Tensor]:
     """Rows and columns of products that reach their row's bar; of rows where most do, few more than the k + 1 largest.
 
-    One more than k, because a vector can find itself.
+    One more than k, because a vector can find itself. Where copies abound, many more are equally near: of these the
+    k + 1 with the smallest names stay.
     """
     reach = products >= bar
     if int(torch.count_nonzero(reach)) > len(reach) * (2 * k + 64):
@@ -236,6 +238,10 @@ def _above(products: Tensor, bar: Tensor, k: int) -> tuple[Tensor, Tensor]:
         here = products[crowded]
         low = here.topk(min(k + 1, here.shape[1]), dim=1).values[:, -1:]
         reach[crowded] &= here >= low
+        for row in (reach.sum(1) > 4 * k + 64).nonzero()[:, 0].tolist():
+            tied = (products[row] == products[row][reach[row]].min()).nonzero()[:, 0]
+            order = np.argpartition(names[tied.cpu().numpy()], k + 1)
+            reach[row, tied[torch.from_numpy(order[k + 1 :]).to(tied.device)]] = False
     if reach.device.type == "cpu":  # numpy's search is three times as fast
         flat = torch.from_numpy(np.flatnonzero(reach.numpy()))
         return flat // reach.shape[1], flat % reach.shape[1]

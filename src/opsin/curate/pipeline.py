@@ -174,7 +174,7 @@ def _embedded(recipe: Curation, images: Table, out: Path, say: Callable[[str], o
 
 def _calibrated(recipe: Curation, images: Table, vectors: Table, out: Path, say: Callable[[str], object]) -> Dedup:
     """The settings of de-duplication, with thresholds found by planted copies where none is given or known."""
-    if recipe.dedup.threshold is not None or threshold_known(vectors):
+    if recipe.dedup.threshold is not None or threshold_known(vectors, recipe.dedup):
         return recipe.dedup
     column = column_of(recipe.engine, vectors, recipe.dedup, out / "neighbours")
     facts = calibrate(recipe.engine, images, vectors, out / "calibration", recipe.calibrate, column=column)

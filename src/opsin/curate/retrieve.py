@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from opsin.curate.cells import EXACT_BELOW, PROBES, Cells, Heap, build_cells, cells_for
+from opsin.curate.cells import EXACT_BELOW, PROBES, Cells, VectorSet, build_cells, cells_for
 from opsin.curate.engine import Engine, Task, in_order
 from opsin.curate.groups import Rows, passes, smallest
 from opsin.curate.kmeans import assign, save_arrays
@@ -246,7 +246,9 @@ class _Finder:
 
     def _nearest(self, query: Query, folder: Path, marks: Path) -> dict[str, Any]:
         settings, pool = self.settings, self._pool()
-        cells = build_cells(self.engine, [Heap(query.vectors, Column(settings.column))], folder, cells=0, like=pool)
+        cells = build_cells(
+            self.engine, [VectorSet(query.vectors, Column(settings.column))], folder, cells=0, like=pool
+        )
         probes = 0 if pool.centroids is None else settings.probes
         what = Search(query.nearest or settings.nearest, -1.0, probes)
         files = found_files(search(self.engine, cells, pool, folder / "found", what))
@@ -257,7 +259,7 @@ class _Finder:
         """The images that can be retrieved, sorted by cell; made for the first set."""
         settings, rows = self.settings, self.vectors.rows
         cells = cells_for(rows, settings.exact_below, settings.cells)
-        heap = Heap(self.vectors, Column(settings.column), self.kept)
+        heap = VectorSet(self.vectors, Column(settings.column), self.kept)
         return build_cells(self.engine, [heap], self.scratch / "pool", cells=cells, seed=settings.seed)
 
     def _in_clusters(self, query: Query, folder: Path, marks: Path) -> dict[str, Any]:

@@ -63,14 +63,20 @@ class Table:
         files = sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
         if not files:
             raise OpsinError(f"{shown(path)} holds no .parquet files: give a Parquet file or a folder of them.")
+        self.schema: pa.Schema = _footer(files[0]).schema.to_arrow_schema()
         groups: list[tuple[Path, int, int]] = []
         for file in files:
             about = _footer(file)
+            lost = {*self.schema.names} - {*about.schema.to_arrow_schema().names}
+            if lost:
+                raise OpsinError(
+                    f"{shown(file)} has no column '{min(lost)}', which {files[0].name} has: give a folder with the "
+                    "files of one table."
+                )
             groups += [(file, i, about.row_group(i).num_rows) for i in range(about.num_row_groups)]
         starts = [0, *accumulate(rows for _, _, rows in groups)]
         self.parts = [Part(file, i, start, rows) for (file, i, rows), start in zip(groups, starts, strict=False)]
         self.rows = starts[-1]
-        self.schema: pa.Schema = pq.read_schema(files[0])
 
     @cached_property
     def digest(self) -> str:
@@ -78,7 +84,10 @@ class Table:
         step = self.path / STEP
         if step.exists():
             return hashlib.sha256(step.read_bytes()).hexdigest()[:16]
-        files = {part.file: part.file.stat() for part in self.parts}
+        try:
+            files = {part.file: part.file.stat() for part in self.parts}
+        except OSError as error:
+            raise damaged(Path(error.filename), error) from None
         told = [(file.name, about.st_size, about.st_mtime_ns) for file, about in files.items()]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
@@ -191,7 +200,10 @@ class Step:
         }
         before = read_step(self.folder) if (self.folder / STEP).exists() else None
         if before is not None and "found" in before:  # it stopped for its settings to be changed
-            before = None if any(before[key] != made[key] for key in made) else before
+            if any(before[key] != made[key] for key in made):
+                before = None
+                for part in self.folder.glob("part-*.parquet"):  # of a run that went on, and was killed
+                    part.unlink()
             shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
         if before is not None:
             changed = [] if before["step"] == name else ["step"]
@@ -233,6 +245,7 @@ class Step:
 
     def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Mark the step as done with what it found, and remove its scratch folder."""
+        self._made.pop("found", None)
         self._made |= {"done": True, "facts": json.loads(json.dumps(facts))}
         self._write()
         shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)

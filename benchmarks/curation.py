@@ -29,7 +29,7 @@ import torch
 from common import finish, last_line
 from torch import Tensor
 
-from opsin.curate.cells import PROBES, Heap, build_cells
+from opsin.curate.cells import PROBES, VectorSet, build_cells
 from opsin.curate.cluster import Cluster, cluster
 from opsin.curate.components import Components
 from opsin.curate.engine import Engine
@@ -94,7 +94,7 @@ def lists_of(rows: int) -> int:
 def ours_neighbours(table: Table, scratch: Path, _: dict[str, Any]) -> dict[str, Any]:
     """Cells, the 64 nearest of every vector, and components above 0.9."""
     began = perf_counter()
-    cells = build_cells(ENGINE, [Heap(table, Column("semantic"))], scratch / "cells", cells=lists_of(table.rows))
+    cells = build_cells(ENGINE, [VectorSet(table, Column("semantic"))], scratch / "cells", cells=lists_of(table.rows))
     sorted_ = perf_counter()
     out = search(ENGINE, cells, cells, scratch / "found", Search(K, FLOOR, PROBES))
     searched = perf_counter()

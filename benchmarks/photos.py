@@ -30,7 +30,7 @@ MEASURED = {
     "hfs/data/000 hfs/data/001 hfs/data/002 reg/home dnn_superres/butterfly scenetext01 scenetext02 scenetext03 "
     "scenetext04 scenetext05 scenetext06 scenetext_segmented_word01 scenetext_segmented_word02 "
     "scenetext_segmented_word03 scenetext_segmented_word04 scenetext_segmented_word05 227943776_1 230501201_1 "
-    "affinepano astra_color asymetricalPattern bicubicOutput boat bus_det calib_pattern cat_det "
+    "astra_color asymetricalPattern bicubicOutput boat bus_det calib_pattern cat_det "
     "checkershadow_illusion4med corridor_fld detect_test1 detect_test2 fusion_mertens julia_facedetect_sample "
     "motion_original newspaper opencv_bus_res pattern_img period_input person_multi_det random_pattern realsense "
     "retina_TreeHdr_retina singlemarkersoriginal studentsSample_input yolo",

@@ -38,7 +38,7 @@ def test_pairs_are_judged_by_family(heap):
     first = photos.PLANTED.index("resized") + 1
     found = copies.judged(pairs(n, (0, first), (0, per), (0, per + first), (n - 2, n - 1)), heap)
     assert (found["pairs"], found["precision"], found["wrong pairs"]) == (4, 0.5, 2)
-    assert found["of these within one photo"] == 2
+    assert (found["of these within one photo"], found["precision between photos"]) == (2, 1.0)
     assert found["wrong pairs of originals"] == 1
     # both copies of the kind are near the first original, and one of them is of it
     assert found["kinds"]["resized"] == {"precision": 0.5, "recall": 0.5}

@@ -20,7 +20,7 @@ A second, made-up mixture shows the sampling alone: 20,000 vectors of 50 concept
 
 Seeds are 0, 1 and 2. The pilot, seed 9, takes no kNN: it was there for the running time, which chose the steps, and for
 the threshold. There 0.6 joined nearly all images and 0.85 a hundred in one group, so it is 0.9. (How many true copies
-each threshold left was seen there, too; no head of fit-copies did better over so weak a backbone.)
+each threshold left was seen there, too. A head of fit-copies recalled 0.13 of its copies, whitened tokens 0.12.)
 """
 
 import argparse

@@ -143,17 +143,15 @@ def test_equal_content_is_no_false_match(made, tmp_path, network):
     assert facts["recall"] > 0.9
 
 
-def test_copies_that_the_heap_held_count_as_false(made, tmp_path, network):
-    (tmp_path / "heap").mkdir()
-    for file in sorted((made / "heap").iterdir()):
-        shutil.copy(file, tmp_path / "heap")
-        Image.open(file).save(tmp_path / "heap" / f"{file.stem}.jpg", quality=95)
+def test_copies_that_the_heap_held_are_no_false_match(tmp_path, network):
+    """A heap of which every image is there twice, recompressed."""
+    save_heap(tmp_path / "heap")
+    for file in sorted((tmp_path / "heap").glob("*.png")):
+        Image.open(file).save(file.with_name(f"again-{file.stem}.jpg"), quality=95)
     prepare(tmp_path, network)
-    with pytest.raises(OpsinError, match=r"no threshold has a precision of 0.98: the best is 0\.\d+, at \d\.\d+"):
-        run(tmp_path, tmp_path / "out", Calibrate(images=30, kinds=EASY))
-    facts = run(tmp_path, tmp_path / "milder", Calibrate(images=30, kinds=EASY, precision=0.5, reference_precision=0.5))
-    assert 0.5 <= facts["precision"] < 0.7
-    assert facts["false_matches"] > 0.5
+    facts = run(tmp_path, tmp_path / "out", Calibrate(images=40, kinds=EASY))
+    assert facts["precision"] >= 0.98
+    assert facts["recall"] > 0.8
 
 
 def test_whitened_vectors_are_compared_whitened(made, tmp_path):

@@ -1,15 +1,18 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from opsin.curate import cluster as module
 from opsin.curate import splitting, streaming
-from opsin.curate.cluster import Cluster, cluster
+from opsin.curate.cluster import Cluster, cluster, levels_for
 from opsin.curate.engine import Engine
 from opsin.curate.groups import imbalance
 from opsin.curate.kmeans import assign, lloyd
@@ -286,3 +289,12 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     paths = [str(tmp_path / name) for name in ("few", "many", "out")]
     done = subprocess.run([sys.executable, "-c", MEASURED, *paths], capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 50e6
+
+
+@given(st.integers(2, 2 * 10**9))
+def test_levels_that_are_not_given_fit_the_heap(images):
+    levels = levels_for(images)
+    assert levels[0] <= max(2, images // 2)
+    assert all(upper * 10 <= lower for lower, upper in pairwise(levels))
+    assert levels[-1] < 40
+    assert len(levels) == 1 or levels[-1] >= 4

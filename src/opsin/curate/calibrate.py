@@ -49,8 +49,11 @@ NEIGHBOURS: Final = 16
 """Images of the heap that are looked at for a copy: more are near it only where no threshold could be precise."""
 POINTS: Final = 200
 """Thresholds of the curve."""
+ALIKE: Final = 10
+"""Bits of 64 in which the perceptual hashes of copies differ at most (see benchmarks/RESULTS.md: no two photos did)."""
 NOTE: Final = (
-    "Copies that the heap held before count as false matches, so the precision is a lower bound. It is that of one "
+    "Copies that the heap held before and that perceptual hashes do not tell count as false matches, so the precision "
+    "is a lower bound. It is that of one "
     "planted copy for every image: where copies are rarer, false matches weigh more."
 )
 """How the precision is to be read."""
@@ -99,7 +102,7 @@ class Matches:
     similarity: NDArray[np.float32]
     """Cosine with an image of the heap."""
     true: NDArray[np.bool_]
-    """Whether that image is the copy's original, or has the same content."""
+    """Whether that image is the copy's original, or a copy of it by content or perceptual hash."""
 
     def precision(self, above: float) -> float | None:
         """Share of the matches above a cosine that are true; None if there are none."""
@@ -328,15 +331,21 @@ def _matches(
     copy, near, similarity = (np.concatenate(some) for some in zip(*pairs, strict=True))
     names = [Path(name).stem for part in copies.parts for name in read(part, ["path"])["path"].to_pylist()]
     originals = np.array([int(name.partition("-")[0]) for name in names])
-    same = _contents(images, {*near.tolist(), *originals.tolist()})
-    original = originals[copy]
-    true = np.fromiter((same[a] == same[b] for a, b in zip(original.tolist(), near.tolist(), strict=True)), np.bool_)
+    looks = _looks(images, {*near.tolist(), *originals.tolist()})
+    pairs_of = zip(originals[copy].tolist(), near.tolist(), strict=True)
+    true = np.fromiter((_same(looks[a], looks[b]) for a, b in pairs_of), np.bool_)
     return np.array([name.partition("-")[2] for name in names]), Matches(copy, similarity, true)
 
 
-def _contents(images: Table, numbers: Iterable[int]) -> dict[int, bytes]:
-    """Hash of the content of each image."""
-    return {number: row["hash"] for number, row in rows_of(images, numbers, ["hash"]).items()}
+def _same(a: tuple[bytes, int], b: tuple[bytes, int]) -> bool:
+    """Whether two images, told by `_looks`, are one: a heap holds copies, and meeting one is no mistake."""
+    return a[0] == b[0] or (a[1] ^ b[1]).bit_count() <= ALIKE
+
+
+def _looks(images: Table, numbers: Iterable[int]) -> dict[int, tuple[bytes, int]]:
+    """Hash of the content and perceptual hash of each image."""
+    rows = rows_of(images, numbers, ["hash", "phash"])
+    return {number: (row["hash"], row["phash"]) for number, row in rows.items()}
 
 
 def _threshold(matches: Matches, precision: float) -> float:

@@ -180,12 +180,13 @@ def cluster(engine: Engine, vectors: Table, out: Path, settings: Cluster, kept: 
 
 
 def levels_for(images: int) -> tuple[int, ...]:
-    """Clusters of each level where none are given: of a hundred images, and at each further level a tenth as many.
+    """Clusters of each level where none are given: at each further level a tenth as many as at the one before.
 
-    The top level has ten or more, a heap of less than 200 images two at its only one.
+    The finest has 25 images to a cluster, or 2,000 clusters, or a hundred images to a cluster, as the heap grows; the
+    top level has four or more, unless it is the only one.
     """
-    levels = [max(2, images // 100)]
-    while levels[-1] >= 100:
+    levels = [max(2, min(images // 25, max(2000, images // 100)))]
+    while levels[-1] >= 40:
         levels.append(levels[-1] // 10)
     return tuple(levels)
 

@@ -53,7 +53,7 @@ class Embed:
     """The same as `size` for `copies`; None for the size that a head was trained at, or 288."""
     copy_detector: bool = False
     """Whether a network of others given as `copies` is one for copy detection, so that the paper's thresholds hold;
-    otherwise they are calibrated. A head of fit-copies always is, a backbone never."""
+    otherwise they are calibrated, as they are for a head of fit-copies."""
     batch: int = 64
     """Images per forward."""
     precision: str | None = None

@@ -278,7 +278,7 @@ def main() -> None:
                 ENGINE,
                 *clean,
                 a.folder / f"calibrate-{name}",
-                Calibrate(images=100, precision=PRECISION),
+                Calibrate(sample=100, precision=PRECISION),
                 column=column,
             )
             calibrated[name] = facts["threshold"]

@@ -22,7 +22,7 @@ from opsin.curate.copies import KINDS, copy_of
 SIDE, STEP = 128, 64
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 SETTINGS = (
-    "--embed.size 112 --calibrate.images 40 --calibrate.precision 0.9 --calibrate.reference-precision 0.8 "
+    "--embed.size 112 --calibrate.sample 40 --calibrate.precision 0.9 --calibrate.reference-precision 0.8 "
     "--sample.images 80 --cluster.levels 20 5 --accept"
 )
 

@@ -172,8 +172,10 @@ def test_the_installed_command_and_its_status():
         ("evaluate kn --data x", "unknown command 'evaluate kn': did you mean 'evaluate knn'?"),
         (
             "xyz",
-            "unknown command 'xyz': known: bench features, bench input, bench step, distill, evaluate knn, features, "
-            "launch slurm, plan, plan curation, pretrain, quickstart, recipes.",
+            "unknown command 'xyz': known: bench features, bench input, bench step, curate, curate calibrate, curate "
+            "cluster, curate dedup, curate embed, curate fetch, curate fit-copies, curate ingest, curate report, "
+            "curate retrieve, curate sample, distill, evaluate knn, features, launch slurm, plan, plan curation, "
+            "pretrain, quickstart, recipes.",
         ),
         ("recipes --all", "unknown option '--all': known: --help, --show."),
         ("features --dat x", "unknown option '--dat': did you mean '--data'?"),

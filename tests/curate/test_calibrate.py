@@ -84,7 +84,7 @@ def column(table, name):
 
 
 def test_the_threshold_tells_copies_from_others(made, tmp_path):
-    facts = run(made, tmp_path / "out", Calibrate(images=40, kinds=(*EASY, "flipped")))
+    facts = run(made, tmp_path / "out", Calibrate(sample=40, kinds=(*EASY, "flipped")))
     assert [facts[key] for key in ("images", "copies", "lost")] == [40, 160, 0]
     assert facts["precision"] >= 0.98
     assert -1 < facts["reference_threshold"] <= facts["threshold"] < 1
@@ -117,7 +117,7 @@ def test_every_match_is_what_brute_force_finds(made, tmp_path, monkeypatch):
         return threshold(matches, precision)
 
     monkeypatch.setattr(module, "_threshold", look)
-    run(made, tmp_path / "out", Calibrate(images=12, kinds=EASY, precision=0.9))
+    run(made, tmp_path / "out", Calibrate(sample=12, kinds=EASY, precision=0.9))
     heap = np.array(column(made / "vectors", "semantic"), np.float32)
     unit, copies = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (heap, seen["copies"]))
     similar = copies @ unit.T
@@ -138,7 +138,7 @@ def test_equal_content_is_no_false_match(made, tmp_path, network):
         shutil.copy(file, tmp_path / "heap")
         shutil.copy(file, tmp_path / "heap" / f"again-{file.name}")
     prepare(tmp_path, network)
-    facts = run(tmp_path, tmp_path / "out", Calibrate(images=30, kinds=EASY))
+    facts = run(tmp_path, tmp_path / "out", Calibrate(sample=30, kinds=EASY))
     assert facts["precision"] >= 0.98
     assert facts["recall"] > 0.9
 
@@ -149,34 +149,34 @@ def test_copies_that_the_heap_held_are_no_false_match(tmp_path, network):
     for file in sorted((tmp_path / "heap").glob("*.png")):
         Image.open(file).save(file.with_name(f"again-{file.stem}.jpg"), quality=95)
     prepare(tmp_path, network)
-    facts = run(tmp_path, tmp_path / "out", Calibrate(images=40, kinds=EASY))
+    facts = run(tmp_path, tmp_path / "out", Calibrate(sample=40, kinds=EASY))
     assert facts["precision"] >= 0.98
     assert facts["recall"] > 0.8
 
 
 def test_whitened_vectors_are_compared_whitened(made, tmp_path):
     whitened = whitening(ENGINE, Table(made / "vectors"), "semantic", tmp_path / "whitening.safetensors")
-    plain = run(made, tmp_path / "plain", Calibrate(images=30, kinds=EASY))
-    facts = run(made, tmp_path / "out", Calibrate(images=30, kinds=EASY), column=whitened)
+    plain = run(made, tmp_path / "plain", Calibrate(sample=30, kinds=EASY))
+    facts = run(made, tmp_path / "out", Calibrate(sample=30, kinds=EASY), column=whitened)
     assert [facts["whitened"], plain["whitened"]] == [True, False]
     assert facts["threshold"] != plain["threshold"]
     with pytest.raises(OpsinError, match="made with other whitened"):
-        run(made, tmp_path / "out", Calibrate(images=30, kinds=EASY))
+        run(made, tmp_path / "out", Calibrate(sample=30, kinds=EASY))
 
 
 def test_a_large_heap_is_searched_by_cell(made, tmp_path, monkeypatch):
-    exact = run(made, tmp_path / "exact", Calibrate(images=30, kinds=EASY))
+    exact = run(made, tmp_path / "exact", Calibrate(sample=30, kinds=EASY))
     monkeypatch.setattr(module, "EXACT_BELOW", 10)
     monkeypatch.setattr(module, "PROBES", 10**6)
-    by_cell = run(made, tmp_path / "cells", Calibrate(images=30, kinds=EASY))
+    by_cell = run(made, tmp_path / "cells", Calibrate(sample=30, kinds=EASY))
     assert by_cell["threshold"] == pytest.approx(exact["threshold"], abs=1e-5)
     assert by_cell["recall"] == exact["recall"]
 
 
 def test_the_network_is_loaded_once(made, tmp_path, monkeypatch):
-    run(made, tmp_path / "a", Calibrate(images=12, kinds=EASY, precision=0.9))  # it is loaded now, if it was not
+    run(made, tmp_path / "a", Calibrate(sample=12, kinds=EASY, precision=0.9))  # it is loaded now, if it was not
     monkeypatch.setattr(embedding, "load_embedder", lambda *_, **__: pytest.fail("loaded again"))
-    run(made, tmp_path / "b", Calibrate(images=12, kinds=EASY, precision=0.9))
+    run(made, tmp_path / "b", Calibrate(sample=12, kinds=EASY, precision=0.9))
 
 
 def test_the_seed_draws_other_images(made, tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_the_seed_draws_other_images(made, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "rows_of", look)
     for seed in (0, 0, 1):
         drawn.append(set())
-        run(made, tmp_path / str(len(drawn)), Calibrate(images=15, kinds=EASY, precision=0.9, seed=seed))
+        run(made, tmp_path / str(len(drawn)), Calibrate(sample=15, kinds=EASY, precision=0.9, seed=seed))
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(len(some) == 15 for some in drawn)
 
@@ -204,7 +204,7 @@ def test_only_kept_images_are_drawn_and_lost_ones_left_out(made, tmp_path, netwo
     files = sorted((tmp_path / "heap").iterdir())
     files[3].unlink()
     files[4].write_bytes(files[5].read_bytes())
-    facts = run(tmp_path, tmp_path / "out", Calibrate(images=10_000, kinds=EASY, precision=0.9))
+    facts = run(tmp_path, tmp_path / "out", Calibrate(sample=10_000, kinds=EASY, precision=0.9))
     assert kept == len(files) - 1
     assert facts["images"] + facts["lost"] == kept
     assert facts["lost"] == 2
@@ -234,7 +234,7 @@ def test_a_changed_network_is_told(made, tmp_path):
     torch.jit.script(Other()).save(path)
     embedding._loaded.cache_clear()
     with pytest.raises(OpsinError, match="is not what it was when the heap was embedded"):
-        run(tmp_path, tmp_path / "out", Calibrate(images=10, kinds=EASY))
+        run(tmp_path, tmp_path / "out", Calibrate(sample=10, kinds=EASY))
 
 
 def test_vectors_of_an_unknown_network_are_told(made, tmp_path):
@@ -253,13 +253,13 @@ def test_a_column_that_is_missing_is_told(made, tmp_path):
 
 def test_too_few_matches_are_told(made, tmp_path):
     with pytest.raises(OpsinError, match=r"matches of copies are too few to tell a precision of 0\.99"):
-        run(made, tmp_path / "out", Calibrate(images=2, kinds=EASY[:1], precision=0.99))
+        run(made, tmp_path / "out", Calibrate(sample=2, kinds=EASY[:1], precision=0.99))
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"images": 0}, "images is 0"),
+        ({"sample": 0}, "sample is 0"),
         ({"precision": 1.0}, "precision is 1"),
         ({"precision": 0.8}, "reference_precision 0.9 is above precision 0.8"),
         ({"kinds": ()}, "kinds is empty"),
@@ -342,7 +342,7 @@ def test_one_false_match_on_top_does_not_rule_all_out():
 
 def _all(folder, out):
     """What the killed process runs, and the one after it."""
-    return run(folder, out, Calibrate(images=20, kinds=EASY))
+    return run(folder, out, Calibrate(sample=20, kinds=EASY))
 
 
 def told(facts):
@@ -354,8 +354,8 @@ def test_done_is_left_alone(made, tmp_path):
     times = (tmp_path / "out" / STEP).stat().st_mtime_ns
     assert _all(made, tmp_path / "out") == facts
     assert (tmp_path / "out" / STEP).stat().st_mtime_ns == times
-    with pytest.raises(OpsinError, match="made with other images"):
-        run(made, tmp_path / "out", Calibrate(images=21, kinds=EASY))
+    with pytest.raises(OpsinError, match="made with other sample"):
+        run(made, tmp_path / "out", Calibrate(sample=21, kinds=EASY))
 
 
 def _here(self, what, work, tasks, *, total=None, unit="images"):

@@ -83,7 +83,7 @@ def test_the_nearest_of_every_image_are_retrieved(tmp_path, exact_below):
         Query("b & <b>", save_vectors(tmp_path / "b", b), "sample", nearest=7),
     ]
     # Exact where there are no cells, whatever the probes; and where all cells are searched.
-    what = Retrieve(nearest=3, exact_below=exact_below, cells=20, probes=1 if exact_below > 950 else 20)
+    what = Retrieve(neighbours=3, exact_below=exact_below, cells=20, probes=1 if exact_below > 950 else 20)
     facts = retrieve(
         ENGINE, table, queries, tmp_path / "out", what, kept=save_column(tmp_path / "kept", "kept", kept, pa.bool_())
     )
@@ -260,7 +260,7 @@ def test_counts_add_up(tmp_path_factory, seed, sizes):
         Query(f"set{i}", save_vectors(folder / f"q{i}", points(seed + 1 + i, n), part=11), ("sample", "cluster")[i % 2])
         for i, n in enumerate(sizes)
     ]
-    what = Retrieve(nearest=2, cell_images=9, cap=15, seed=seed)
+    what = Retrieve(neighbours=2, cell_images=9, cap=15, seed=seed)
     facts = retrieve(
         ENGINE, save_vectors(folder / "heap", heap, part=37), queries, folder / "out", what,
         clusters=_repart(clusters, folder / "same", 37),
@@ -378,7 +378,8 @@ def test_nothing_kept_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"nearest": 0}, {"cell_images": 0}, {"hits": -1}, {"cap": 0}, {"cells": 0}, {"probes": 0}, {"seed": -1}]
+    "wrong",
+    [{"neighbours": 0}, {"cell_images": 0}, {"hits": -1}, {"cap": 0}, {"cells": 0}, {"probes": 0}, {"seed": -1}],
 )
 def test_settings_out_of_range_are_told(wrong):
     with pytest.raises(OpsinError, match=f"retrieve.{next(iter(wrong))} is"):
@@ -392,8 +393,8 @@ def test_what_is_done_is_left_and_other_settings_refused(tmp_path):
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     assert retrieve(ENGINE, heap, queries, tmp_path / "out", Retrieve(), clusters=clusters) == facts
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    with pytest.raises(OpsinError, match="made with other nearest"):
-        retrieve(ENGINE, heap, queries, tmp_path / "out", Retrieve(nearest=5), clusters=clusters)
+    with pytest.raises(OpsinError, match="made with other neighbours"):
+        retrieve(ENGINE, heap, queries, tmp_path / "out", Retrieve(neighbours=5), clusters=clusters)
     with pytest.raises(OpsinError, match=r"made with other .*sets"):
         retrieve(ENGINE, heap, queries[:1], tmp_path / "out", Retrieve(), clusters=clusters)
 

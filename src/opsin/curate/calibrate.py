@@ -66,7 +66,7 @@ _PART: Final = 256  # copies that are embedded together
 class Calibrate:
     """How a threshold is found."""
 
-    images: int = 200
+    sample: int = 200
     """Images of the heap, drawn at random, of which copies are made; all, if there are fewer."""
     kinds: tuple[str, ...] = KINDS
     """Kinds of copies (see `opsin.curate.copies`), one of each kind of every image."""
@@ -80,7 +80,7 @@ class Calibrate:
 
     def __post_init__(self) -> None:
         precise = (0.5, 0.9999)  # one false match of very many cannot be told from none
-        within(self, "", images=(1, 1e6), precision=precise, reference_precision=precise, seed=(0, 2**62))
+        within(self, "", sample=(1, 1e6), precision=precise, reference_precision=precise, seed=(0, 2**62))
         if self.reference_precision > self.precision:
             raise OpsinError(
                 f"reference_precision {self.reference_precision:g} is above precision {self.precision:g}: give a lower "
@@ -248,7 +248,7 @@ def _plant(
             yield np.zeros(len(numbers), np.int64), keys, numbers
 
     folder, done = make_folder(scratch / "copies"), make_folder(scratch / "planted")
-    numbers = smallest(drawn, np.array([settings.images]), engine.bytes // 2).tolist()
+    numbers = smallest(drawn, np.array([settings.sample]), engine.bytes // 2).tolist()
     groups = [numbers[start : start + _TOGETHER] for start in range(0, len(numbers), _TOGETHER)]
     tasks = [{"numbers": group, "file": str(done / f"{group[0]}.json")} for group in groups]
     # Large enough that a copy of a part of the image has the pixels that the networks take.

@@ -28,7 +28,7 @@ class Curation:
     """Sets that go into the result as they are, each as NAME=SRC."""
     nearest: tuple[str, ...] = ()
     """Query sets, each as NAME=SRC or NAME:N=SRC, of whose images every one retrieves its N nearest in the heap (large
-    sets; N is retrieve.nearest if it is not given)."""
+    sets; N is retrieve.neighbours if it is not given)."""
     by_cluster: tuple[str, ...] = ()
     """Query sets, each as NAME=SRC, whose images choose clusters of the heap (small sets)."""
     fetch: Fetch = field(default_factory=Fetch)

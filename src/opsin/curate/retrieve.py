@@ -44,7 +44,7 @@ _ROWS: Final = 2**22
 class Retrieve:
     """How images are retrieved."""
 
-    nearest: int = 4
+    neighbours: int = 4
     """Images of the heap for every image of a set of mode `sample`, unless the set says otherwise."""
     cell_images: int = 10_000
     """Images drawn from every cluster that a set of mode `cluster` hits; all, of a smaller cluster."""
@@ -68,7 +68,7 @@ class Retrieve:
         if self.cells is not None:
             least["cells"] = 1
         ranges = {name: (low, FINITE) for name, low in least.items()}
-        within(self, "retrieve.", nearest=(1, 4096), seed=(0, 2**62), **ranges)
+        within(self, "retrieve.", neighbours=(1, 4096), seed=(0, 2**62), **ranges)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def retrieve(
     by_cluster = [query.name for query in queries if query.mode == "cluster"]
     if by_cluster:
         inputs["clusters"] = clusters = _clusters(clusters, by_cluster[0], vectors, dimensions)
-    sets = [[query.name, query.mode, query.nearest or settings.nearest] for query in queries]
+    sets = [[query.name, query.mode, query.nearest or settings.neighbours] for query in queries]
     step = Step(out, "retrieve", {**asdict(settings), "sets": sets}, inputs)
     if step.done:
         return step.facts
@@ -250,7 +250,7 @@ class _Finder:
             self.engine, [VectorSet(query.vectors, Column(settings.column))], folder, cells=0, like=pool
         )
         probes = 0 if pool.centroids is None else settings.probes
-        what = Search(query.nearest or settings.nearest, -1.0, probes)
+        what = Search(query.nearest or settings.neighbours, -1.0, probes)
         files = found_files(search(self.engine, cells, pool, folder / "found", what))
         retrieved, chosen = _mark(marks, self.vectors.rows, (edges(file, -np.inf)[1] for file in files))
         return _row(cells.count, retrieved, retrieved - chosen, chosen)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opsin.curate.heap import kind_of
 from opsin.curate.looks import eight_bits, reduction_to, shrunk
-from opsin.curate.tables import Table, read, read_step
+from opsin.curate.tables import LISTING, Table, read, read_step
 from opsin.data.decode import DecodeError, decode_reduced, shown
 from opsin.data.sources import Source, scan
 from opsin.errors import OpsinError
@@ -173,7 +173,7 @@ def look(images: Table, numbers: Iterable[int]) -> dict[int, Look]:
     opened: dict[int, Source | str] = {}
     for place in sorted({row["source"] for row in rows.values()}):
         try:
-            opened[place] = scan(sources[place]["spec"], images.path / "listing", progress=False)
+            opened[place] = scan(sources[place]["spec"], images.path / LISTING, progress=False)
         except OpsinError as error:
             opened[place] = str(error)
     with ThreadPoolExecutor(4) as pool:  # each may hold a whole image

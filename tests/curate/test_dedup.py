@@ -711,8 +711,8 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["vectors"] > 1.6 * 200e6
-    assert found["grown"] < 200e6, found  # a task's memory, and as much that allocators keep
+    assert found["vectors"] > 320e6
+    assert found["grown"] < 300e6, found  # a task takes 100e6; what libraries and threads hold varies by as much
 
 
 def test_the_step_file_says_how_it_was_made(tmp_path):

@@ -20,6 +20,7 @@ import torch
 
 from opsin.data.progress import progress
 from opsin.errors import OpsinError, within
+from opsin.memory import give_back_freed_memory
 
 Runner = Literal["native", "ray"]
 """Daft on this machine, or on Ray: the cluster that RAY_ADDRESS names, or one that is started here."""
@@ -129,6 +130,8 @@ class _Worker:
             return json.dumps({"result": self.work(json.loads(task), self.engine)})
         except OpsinError as error:
             return json.dumps({"error": str(error)})
+        finally:  # tasks run in many threads, and each thread would keep what its tasks have freed
+            give_back_freed_memory()
 
 
 @contextlib.contextmanager

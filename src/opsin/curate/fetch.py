@@ -25,7 +25,7 @@ from torch import Tensor
 
 from opsin.curate.download import LOST, SCHEMES, download
 from opsin.curate.engine import Engine, Task
-from opsin.curate.heap import Heap, check_part, kind_of
+from opsin.curate.heap import Heap, kind_of
 from opsin.curate.hooks import call_hook, load_hook
 from opsin.curate.looks import eight_bits, picture
 from opsin.curate.tables import Step, Table, read
@@ -62,7 +62,7 @@ class Fetch:
     """Of the JPEGs of edited images, 1 to 100."""
 
     def __post_init__(self) -> None:
-        check_part(self.part)
+        within(self, "", part=(1, 1e7))
         within(
             self,
             "",

@@ -101,9 +101,3 @@ def absolute(spec: str) -> str:
 def kind_of(reason: str) -> str:
     """What reasons are counted by: the part before a colon, behind which stands what differs from image to image."""
     return reason.partition(":")[0]
-
-
-def check_part(part: int) -> None:
-    """Raise an OpsinError unless a part can have so many images."""
-    if not 1 <= part <= 10_000_000:
-        raise OpsinError(f"part is {part}: give from 1 to 10,000,000 images.")

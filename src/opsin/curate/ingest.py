@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsin.curate.engine import Engine, Task
 from opsin.curate.fetch import is_urls
-from opsin.curate.heap import Heap, check_part, kind_of
+from opsin.curate.heap import Heap, kind_of
 from opsin.curate.hooks import call_hook, load_hook
 from opsin.curate.looks import CANONICAL, eight_bits, looks, reduction_to, shrunk
 from opsin.curate.tables import LISTING, Part, Step, Table, read, write_part
@@ -70,7 +70,7 @@ class Ingest:
     """Images that declare more count as unreadable, and are not decoded."""
 
     def __post_init__(self) -> None:
-        check_part(self.part)
+        within(self, "", part=(1, 1e7))
         within(
             self,
             "",

@@ -100,7 +100,11 @@ def dedup(
     references: Mapping[str, Table] | None = None,
     accept: bool = False,
 ) -> dict[str, Any]:
-    """Write which images stay, see `opsin.curate` for the columns.
+    """Write which images stay, one row per image.
+
+    Columns: `kept`; `component`, the smallest number in it; `duplicate_of`, the number of the image that stays in place
+    of one that was dropped here as a copy; `reason`, null for what is kept or was dropped before; `neighbours` and
+    `similarities`, those above the floor, the nearest first.
 
     Args:
         engine: where it runs.

@@ -214,16 +214,16 @@ def by_shape(images: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def evaluation_transform(image: Tensor, size: int) -> Tensor:
+def evaluation_transform(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
     """The square crop on which classifiers are evaluated: `[C, H, W]`, uint8 as a rule, to float32 `[C, size, size]`.
 
     Images may also be uint16, or floats from 0 to 1. As in the reference's evaluation: the shorter side is resized to
-    `size * 256 / 224` (256 for 224) with antialiased bicubic, the centre is cropped, and the result normalised by
-    `opsin.constants.normalisation`.
+    `shorter` pixels, by default `size * 256 / 224` (256 for 224), with antialiased bicubic, the centre is cropped, and
+    the result normalised by `opsin.constants.normalisation`.
     """
     pixels = _pixels(image, len(image))
     h, w = pixels.shape[-2:]
-    shorter = round(size * 256 / 224)
+    shorter = round(size * 256 / 224) if shorter is None else shorter
     resized = _resize(pixels, [shorter * side // min(h, w) for side in (h, w)])
     top, left = (round((side - size) / 2) for side in resized.shape[-2:])
     return _normalise(resized[:, top : top + size, left : left + size], _full_scale(pixels))

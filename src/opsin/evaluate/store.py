@@ -1,0 +1,32 @@
+"""What evaluations keep on disk: features and trained heads, found by the content of what they were made of.
+
+Everything here can be computed again: the folder may be deleted at any time.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from opsin.errors import OpsinError
+from opsin.output import write
+
+VERSION = 1
+"""Counts up when what is kept changes its meaning."""
+
+
+def place(cache: Path, kind: str, **facts: Any) -> Path:
+    """A folder for what `facts` (JSON-able) determine; made with facts.json in it, which says what it is.
+
+    Raises:
+        OpsinError: nothing can be written there.
+    """
+    text = json.dumps({"version": VERSION, **facts}, sort_keys=True, indent=1)
+    folder = cache / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "facts.json").exists():
+            write(folder / "facts.json", text)
+    except OSError as error:
+        raise OpsinError(f"cannot keep features in {cache}: {error.strerror}. Choose another --cache.") from None
+    return folder

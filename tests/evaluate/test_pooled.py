@@ -1,0 +1,109 @@
+"""Pooled features: right, kept by content, gone on with after a stop, honest about what cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opsin.backbone.vit import Architecture, VisionTransformer
+from opsin.errors import OpsinError
+from opsin.evaluate import pooled
+from opsin.evaluate.model import wrap
+from opsin.evaluate.pooled import features
+from opsin.evaluate.sets import own
+from opsin.evaluate.task import Run
+from opsin.evaluate.transforms import Centre
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return wrap(VisionTransformer(Architecture(width=24, depth=5, heads=2, patch=8, grid=2, layerscale=0.1)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        place = tmp_path / "images" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*rng.integers(20, 40, 2), 3), dtype=np.uint8)).save(place / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+def run_in(tmp_path, **options):
+    return Run(batch_size=3, workers=2, cache=tmp_path / "kept", progress=False, **options)
+
+
+def test_pooled_features_are_those_of_the_backbone(model, folder, tmp_path):
+    images = own(str(folder))
+    known = features(model, images, Centre(16), run_in(tmp_path))
+    for i in range(len(images)):
+        layers = model.backbone.layers(Centre(16)(images.read(i))[None], [-4, -3, -2, -1])
+        wanted = torch.cat([layer.cls for layer in layers])
+        torch.testing.assert_close(known.pooled.cls[i], wanted.detach(), atol=1e-5, rtol=1e-4)
+        mean = layers[-1].patches.mean((1, 2))[0]
+        torch.testing.assert_close(known.pooled.mean[i], mean.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_features_are_computed_once_per_content(model, folder, tmp_path, monkeypatch):
+    images, calls = own(str(folder)), []
+    real = pooled.pool
+    monkeypatch.setattr(pooled, "pool", lambda model, batch: calls.append(len(batch)) or real(model, batch))
+    first = features(model, images, Centre(16), run_in(tmp_path))
+    assert sum(calls) == 11
+    again = features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+    assert sum(calls) == 11
+    assert torch.equal(first.pooled.cls, again.pooled.cls)
+    features(model, images, Centre(24), run_in(tmp_path))
+    assert sum(calls) == 22
+    with torch.no_grad():
+        model.backbone.cls_token += 1
+    features(wrap(model.backbone), images, Centre(16), run_in(tmp_path))
+    assert sum(calls) == 33
+
+
+def test_an_interrupted_computation_goes_on_with_the_missing_parts(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pooled, "PART", 4)
+    images, calls, real = own(str(folder)), [], pooled.pool
+
+    def stops(model, batch):
+        calls.append(len(batch))
+        if sum(calls) > 6:
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    monkeypatch.setattr(pooled, "pool", stops)
+    with pytest.raises(KeyboardInterrupt):
+        features(model, images, Centre(16), run_in(tmp_path))
+    calls.clear()
+    monkeypatch.setattr(pooled, "pool", lambda model, batch: calls.append(len(batch)) or real(model, batch))
+    gone_on = features(model, images, Centre(16), run_in(tmp_path))
+    assert sum(calls) == 7  # the first part of four was whole
+    fresh = features(model, images, Centre(16), Run(cache=tmp_path / "other", progress=False))
+    torch.testing.assert_close(gone_on.pooled.cls, fresh.pooled.cls, atol=1e-5, rtol=1e-4)
+
+
+def test_unreadable_images_are_told_and_their_rows_not_good(model, folder, tmp_path):
+    (folder / "class0" / "00.png").write_bytes(b"no image")
+    for _ in range(2):  # computed, and from the store
+        known = features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+        assert list(known.bad) == [0]
+        assert known.good.tolist() == [False] + [True] * 10
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"none")
+    with pytest.raises(OpsinError, match="no image of .* can be decoded"):
+        features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+
+
+def test_features_that_are_not_finite_are_an_error(model, folder, tmp_path):
+    with torch.no_grad():
+        model.backbone.norm.weight.fill_(torch.nan)
+    with pytest.raises(OpsinError, match="not finite"):
+        features(wrap(model.backbone), own(str(folder)), Centre(16), run_in(tmp_path))
+
+
+def test_a_store_that_cannot_be_written(model, folder, tmp_path):
+    (tmp_path / "kept").write_text("a file")
+    with pytest.raises(OpsinError, match="--cache"):
+        features(model, own(str(folder)), Centre(16), run_in(tmp_path))

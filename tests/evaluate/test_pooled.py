@@ -92,7 +92,7 @@ def test_unreadable_images_are_told_and_their_rows_not_good(model, folder, tmp_p
         assert known.good.tolist() == [False] + [True] * 10
     for path in folder.rglob("*.png"):
         path.write_bytes(b"none")
-    with pytest.raises(OpsinError, match="no image of .* can be decoded"):
+    with pytest.raises(OpsinError, match=r"no image of .* can be decoded"):
         features(model, own(str(folder)), Centre(16), run_in(tmp_path))
 
 

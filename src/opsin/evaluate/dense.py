@@ -44,7 +44,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 def centred(images: Tensor, multiple: int) -> Tensor:
-    """Images `[B, C, H, W]` padded with zeros on all sides to multiples, the odd row or column below or to the right."""
+    """Images `[B, C, H, W]` padded with zeros on all sides to multiples, an odd row or column below or to the right."""
     pads = [(-side) % multiple for side in images.shape[-2:]]
     (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
     return F.pad(images, (left, right, top, bottom))
@@ -73,7 +73,7 @@ def matched(
     Raises:
         OpsinError: a folder is missing or empty, or a file has no partner; examples are listed.
     """
-    found = []
+    found: list[dict[str, Path]] = []
     for folder, endings, what in ((images, image_endings, "images"), (targets, target_endings, "targets")):
         if not folder.is_dir():
             raise OpsinError(f"there is no folder {shown(folder)}: give the one that holds the {what}.")
@@ -82,15 +82,16 @@ def matched(
         if not stems:
             raise OpsinError(f"{shown(folder)} holds no {what} ({', '.join(endings)}): give the folder of the {what}.")
         found.append(stems)
-    for folder, own, other, what in ((images, *found, "target"), (targets, *found[::-1], "image")):
+    pictures, answers = found
+    for folder, own, other, what in ((images, pictures, answers, "target"), (targets, answers, pictures, "image")):
         lonely = sorted(own.keys() - other.keys())
         if lonely:
             named = ", ".join(shown(stem) for stem in lonely[:EXAMPLES])
             raise OpsinError(
-                f"{len(lonely)} of {len(own)} files in {shown(folder)} have no {what} of the same name, such as {named}: "
-                "name images and targets alike but for the ending."
+                f"{len(lonely)} of {len(own)} files in {shown(folder)} have no {what} of the same name, such as "
+                f"{named}: name images and targets alike but for the ending."
             )
-    return [found[0][stem] for stem in found[0]], [found[1][stem] for stem in found[0]]
+    return list(pictures.values()), [answers[stem] for stem in pictures]
 
 
 def digest_of(paths: Sequence[Path]) -> str:

@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from opsin.errors import OpsinError
 
@@ -39,3 +41,19 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def check_file(out: Path | None) -> None:
+    """Refuse a file that cannot be written before the work rather than after it."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
+
+
+def write_json(out: Path | None, result: Any) -> None:
+    """Write a result where it was asked for, if it was."""
+    if out is None:
+        return
+    try:
+        out.write_text(json.dumps(result, indent=1))
+    except OSError as error:
+        raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None

@@ -169,25 +169,28 @@ def outliers(norms: Tensor) -> Outliers:
     return Outliers(median, x.max().item() / median, (x > OUTLIER * median).double().mean().item())
 
 
-def paired_bootstrap(
-    correct_a: Tensor, correct_b: Tensor, repeats: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a − b with its 95 % percentile interval (low, high), over paired 0/1 outcomes `[N]` of the same samples.
+def paired_bootstrap(a: Tensor, b: Tensor, repeats: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a − b with its 95 % percentile interval (low, high), over paired outcomes `[N]` of the same samples.
 
-    A pair differs by -1, 0 or 1, so the number of each in a resample is multinomial: drawing those three counts is
-    the bootstrap itself, without N draws per repeat.
+    How often each difference occurs in a resample is multinomial: drawing those counts is the bootstrap itself. For
+    outcomes of 0 and 1 there are three, whatever N is.
     """
-    if len(correct_a) != len(correct_b) or not len(correct_a):
+    if len(a) != len(b) or not len(a):
         raise OpsinError(
-            f"a paired comparison needs the same images on both sides, not {len(correct_a)} and {len(correct_b)}: "
-            "evaluate both on one test set."
+            f"a paired comparison needs the same images on both sides, not {len(a)} and {len(b)}: evaluate both on one "
+            "test set."
         )
-    difference = (correct_a.long() - correct_b.long()).cpu().numpy()
-    n = len(difference)
-    shares = np.array([(difference == value).mean() for value in (-1, 0, 1)])
-    counts = np.random.default_rng(seed).multinomial(n, shares / shares.sum(), size=repeats)
-    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / n, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    values, times = np.unique((a.double() - b.double()).cpu().numpy(), return_counts=True)
+    n, random = int(times.sum()), np.random.default_rng(seed)
+    block = max(1, 2**22 // len(values))  # resamples at a time, to bound memory
+    means = np.concatenate(
+        [
+            random.multinomial(n, times / n, size=min(block, repeats - start)) @ values / n
+            for start in range(0, repeats, block)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values @ times / n), float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,10 @@ SECTIONS = (
     "summary",
     "steps",
     "table",
+    "differences",
+    "failed",
+    "tasks",
+    "costs",
     "says",
     "curves",
     "pca",
@@ -62,6 +66,13 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     - `duplicates`: list of `{"kept": shot, "notes": [text], "shots": [shot]}`.
     - `pairs`: `{"threshold": text, "above": [pair], "below": [pair]}` of `{"similarity": text, "shots": [shot, shot]}`,
       the most similar first.
+
+    Of a suite of evaluations:
+
+    - `differences`, `costs`: tables as above.
+    - `failed`: a list as `summary`.
+    - `tasks`: list of `{"title": text, "notes": [text], "tables": [table], "pictures": [{"title", "image"}]}`, the
+      tables with a `title` each.
 
     Pictures are data URIs. The file appears whole or not at all.
 

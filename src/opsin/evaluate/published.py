@@ -1,0 +1,117 @@
+"""What the paper reports for its own models, so that a result on the same set stands beside it.
+
+All numbers are of the DINOv2 paper (2304.07193v2, TMLR 01/2024), of the distilled ViT-S, B and L and of the ViT-g, all
+with patch 14 and without registers. docs/evaluate.md is made from this list.
+"""
+
+from typing import NamedTuple
+
+from opsin.backbone.vit import Architecture
+
+MODELS = {384: "S/14", 768: "B/14", 1024: "L/14", 1536: "g/14"}
+"""The paper's models, in the order of its figures, by width."""
+
+
+class Row(NamedTuple):
+    """A line of a table of the paper."""
+
+    table: str
+    """Its number there."""
+    task: str
+    """The task of `opsin evaluate` that measures it."""
+    data: str
+    """The name of the published set."""
+    metric: str
+    """The metric, as the task names it."""
+    values: tuple[float | None, float | None, float | None, float | None]
+    """For S, B, L and g: shares from 0 to 1, metres for depth; mean corruption error relative to AlexNet."""
+    options: str = ""
+    """Options beside `--data NAME:PATH` that make the paper's protocol, where they are not the defaults."""
+
+
+PAPER = (
+    Row("4", "knn", "imagenet", "accuracy", (0.790, 0.821, 0.835, 0.835)),
+    Row("4", "linear", "imagenet", "accuracy", (0.811, 0.845, 0.863, 0.865)),
+    Row("4", "linear", "imagenet", "accuracy_imagenet-real", (0.866, 0.883, 0.895, 0.896), "--also imagenet-real:PATH"),
+    Row("4", "linear", "imagenet", "accuracy_imagenet-v2", (0.709, 0.751, 0.780, 0.784), "--also imagenet-v2:PATH"),
+    Row("5", "finetune", "imagenet", "accuracy", (None, None, None, 0.885)),
+    Row("5", "finetune", "imagenet", "accuracy", (None, None, None, 0.889), "--size 448"),
+    Row("6", "robustness", "imagenet", "accuracy_imagenet-a", (0.335, 0.551, 0.713, 0.759), "--tests imagenet-a:PATH"),
+    Row("6", "robustness", "imagenet", "accuracy_imagenet-r", (0.537, 0.633, 0.744, 0.788), "--tests imagenet-r:PATH"),
+    Row("6", "robustness", "imagenet", "mce", (0.544, 0.427, 0.315, 0.282), "--tests imagenet-c:PATH"),
+    Row(
+        "6", "robustness", "imagenet", "accuracy_imagenet-sketch", (0.412, 0.506, 0.593, 0.625),
+        "--tests imagenet-sketch:PATH",
+    ),
+    Row("7", "linear", "inat2018", "accuracy", (0.690, 0.764, 0.804, 0.816)),
+    Row("7", "linear", "inat2021", "accuracy", (0.742, 0.811, 0.851, 0.857)),
+    Row("7", "linear", "places205", "accuracy", (0.629, 0.662, 0.673, 0.675)),
+    Row("7", "video", "k400", "accuracy", (0.678, 0.732, 0.763, 0.784)),
+    Row("7", "video", "ucf101", "accuracy", (0.870, 0.891, 0.905, 0.912)),
+    Row("7", "video", "ssv2", "accuracy", (0.331, 0.344, 0.356, 0.383)),
+    Row("8", "logreg", "food101", "accuracy", (0.891, 0.928, 0.943, 0.947)),
+    Row("8", "logreg", "cifar10", "accuracy", (0.977, 0.987, 0.993, 0.995)),
+    Row("8", "logreg", "cifar100", "accuracy", (0.875, 0.913, 0.934, 0.944)),
+    Row("8", "logreg", "sun397", "accuracy", (0.744, 0.773, 0.787, 0.787)),
+    Row("8", "logreg", "cars", "accuracy", (0.816, 0.882, 0.901, 0.914)),
+    Row("8", "logreg", "aircraft", "per_class", (0.740, 0.794, 0.815, 0.872)),
+    Row("8", "logreg", "voc2007", "voc_map", (0.878, 0.882, 0.883, 0.890)),
+    Row("8", "logreg", "dtd", "accuracy", (0.806, 0.833, 0.840, 0.845)),
+    Row("8", "logreg", "pets", "per_class", (0.951, 0.962, 0.966, 0.967)),
+    Row("8", "logreg", "caltech101", "per_class", (0.970, 0.961, 0.975, 0.976)),
+    Row("8", "logreg", "flowers", "per_class", (0.996, 0.996, 0.997, 0.997)),
+    Row("8", "logreg", "cub200", "accuracy", (0.881, 0.896, 0.905, 0.916)),
+    Row("9", "retrieval", "roxford", "map_medium", (0.688, 0.729, 0.751, 0.736)),
+    Row("9", "retrieval", "roxford", "map_hard", (0.432, 0.495, 0.540, 0.523)),
+    Row("9", "retrieval", "rparis", "map_medium", (0.846, 0.903, 0.927, 0.921)),
+    Row("9", "retrieval", "rparis", "map_hard", (0.685, 0.786, 0.835, 0.826)),
+    Row("9", "retrieval", "met", "gap", (0.294, 0.367, 0.400, 0.368)),
+    Row("9", "retrieval", "met", "gap_minus", (0.543, 0.635, 0.689, 0.736)),
+    Row("9", "retrieval", "met", "accuracy", (0.577, 0.661, 0.716, 0.765)),
+    Row("9", "retrieval", "amstertime", "map", (0.435, 0.456, 0.500, 0.467)),
+    Row("10", "segmentation", "ade20k", "miou", (0.443, 0.473, 0.477, 0.490)),
+    Row("10", "segmentation", "ade20k", "miou", (0.472, 0.513, 0.531, 0.530), "--protocol multiscale"),
+    Row("10", "segmentation", "cityscapes", "miou", (0.666, 0.694, 0.703, 0.713)),
+    Row("10", "segmentation", "cityscapes", "miou", (0.771, 0.800, 0.809, 0.810), "--protocol multiscale"),
+    Row("10", "segmentation", "voc2012", "miou", (0.811, 0.825, 0.821, 0.830)),
+    Row("10", "segmentation", "voc2012", "miou", (0.826, 0.849, 0.860, 0.862), "--protocol multiscale"),
+    Row("11", "depth", "nyu", "rmse", (0.449, 0.399, 0.384, 0.344)),
+    Row("11", "depth", "nyu", "rmse", (0.417, 0.362, 0.333, 0.298), "--head-kind linear4"),
+    Row("11", "depth", "nyu", "rmse", (0.356, 0.317, 0.293, 0.279), "--head-kind dpt"),
+    Row("11", "depth", "kitti", "rmse", (3.10, 2.90, 2.78, 2.62)),
+    Row("11", "depth", "kitti", "rmse", (2.86, 2.59, 2.50, 2.35), "--head-kind linear4"),
+    Row("11", "depth", "kitti", "rmse", (2.34, 2.23, 2.14, 2.11), "--head-kind dpt"),
+    Row("11", "depth", "nyu", "rmse", (0.477, 0.448, 0.429, 0.402), "--test-data sunrgbd:PATH"),
+    Row("11", "depth", "nyu", "rmse", (0.431, 0.400, 0.396, 0.362), "--test-data sunrgbd:PATH --head-kind linear4"),
+    Row("11", "depth", "nyu", "rmse", (0.409, 0.377, 0.360, 0.338), "--test-data sunrgbd:PATH --head-kind dpt"),
+    Row("12", "fairness", "dollarstreet", "accuracy_income_low", (None, None, None, 0.674)),
+    Row("12", "fairness", "dollarstreet", "accuracy_income_medium", (None, None, None, 0.833)),
+    Row("12", "fairness", "dollarstreet", "accuracy_income_high", (None, None, None, 0.905)),
+    Row("12", "fairness", "dollarstreet", "accuracy_region_africa", (None, None, None, 0.740)),
+    Row("12", "fairness", "dollarstreet", "accuracy_region_asia", (None, None, None, 0.816)),
+    Row("12", "fairness", "dollarstreet", "accuracy_region_americas", (None, None, None, 0.862)),
+    Row("12", "fairness", "dollarstreet", "accuracy_region_europe", (None, None, None, 0.897)),
+)  # fmt: skip
+"""Every number of Tables 4 to 12 that one command reproduces on the real data."""
+
+
+def beside(task: str, data: str, arch: Architecture) -> list[str]:
+    """Lines that say what the paper reports on a published set for this task, and for a model of this size.
+
+    Args:
+        task: its name.
+        data: what `--data` was given; only NAME:PATH is a published set.
+        arch: of the model that was measured.
+    """
+    name, colon, _ = data.partition(":")
+    rows = [row for row in PAPER if colon and (row.task, row.data) == (task, name)]
+    return [
+        f"paper, Table {row.table}: {row.metric} "
+        + ", ".join(
+            f"{model} {value:g}" + " (this size)" * (arch.patch == 14 and MODELS.get(arch.width) == model)
+            for model, value in zip(MODELS.values(), row.values, strict=True)
+            if value is not None
+        )
+        + f" with {row.options}" * bool(row.options)
+        for row in rows
+    ]

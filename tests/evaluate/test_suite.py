@@ -1,0 +1,170 @@
+"""A suite: its file, what is measured again and what is not, what differs, what failed, and the page."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from opsin import suite_story
+from opsin.backbone.registry import create
+from opsin.backbone.weights import save
+from opsin.errors import OpsinError, within
+from opsin.evaluate import suite as suites
+from opsin.evaluate.suite import differences, measure, read
+from opsin.evaluate.task import Picture, Result, Run, Table, Task
+
+CALLS = []
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Settings of a task that only this test has."""
+
+    data: str = ""
+    sides: int = 2
+
+    def __post_init__(self):
+        within(self, "--", sides=(1, 9))
+
+
+def guess(model, settings, run):
+    """Guess."""
+    CALLS.append((model.name, settings.sides))
+    if settings.data == "missing":
+        raise OpsinError("no data at missing: give some.")
+    value = float(model.backbone.cls_token.detach().abs().sum())
+    outcomes = np.array([1.0, 0.0, value > 1, value > 1])
+    return Result(
+        settings.data,
+        {"accuracy": float(outcomes.mean()), "other": 0.5},
+        Table(["k", "accuracy"], [["1", f"{outcomes.mean():.3f}"]], "Guessed."),
+        left_out=[("a.png", "no image")],
+        outcomes=outcomes,
+        pictures=[Picture("a picture", np.zeros((4, 6, 3), dtype=np.uint8))],
+    )
+
+
+TASKS = {"guess": Task(guess, Guess)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    CALLS.clear()
+    for name, scale in (("small", 0.0), ("large", 1.0)):
+        torch.manual_seed(0)
+        backbone = create("dinov2_vits14", depth=1, width=32, heads=2, grid=2)
+        with torch.no_grad():
+            backbone.cls_token.fill_(scale)
+        save(backbone, tmp_path / f"{name}.safetensors")
+    text = """
+models:
+  - {name: small, weights: %s/small.safetensors}
+  - {name: large, weights: %s/large.safetensors}
+tasks:
+  - {task: guess, data: here}
+  - {task: guess, name: guess of three, data: there, sides: 3}
+""" % (tmp_path, tmp_path)  # noqa: UP031 - braces are YAML's
+    (tmp_path / "suite.yaml").write_text(text)
+    return tmp_path / "suite.yaml"
+
+
+def measured(config, out, **changes):
+    out.mkdir(exist_ok=True)
+    if changes:
+        text = config.read_text()
+        for old, new in changes.values():
+            assert old in text
+            text = text.replace(old, new)
+        config.write_text(text)
+    suite, entries = read(config, TASKS)
+    return measure(suite, entries, TASKS, out, Run(cache=out / "cache", progress=False), device="cpu")
+
+
+def test_every_model_is_measured_by_every_task(config, tmp_path):
+    report = measured(config, tmp_path / "out")
+    assert CALLS == [("small", 2), ("small", 3), ("large", 2), ("large", 3)]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["results"]["large"]["guess"]["metrics"]["accuracy"] == 0.75
+    assert written["results"]["small"]["guess of three"]["metrics"]["accuracy"] == 0.25
+    assert written["results"]["small"]["guess"]["settings"] == {"data": "here", "sides": 2}
+    assert written["results"]["small"]["guess"]["left_out"] == [{"path": "a.png", "reason": "no image"}]
+    assert [one.mean for one in report.differences] == [0.5, 0.5]
+    assert report.differences[0].low >= 0
+    assert report.differences[0].second == "large"
+
+
+def test_a_suite_goes_on_and_measures_what_changed(config, tmp_path):
+    measured(config, tmp_path / "out")
+    (tmp_path / "out" / "results" / "large-guess" / "result.json").unlink()  # as if killed before it was whole
+    CALLS.clear()
+    again = measured(config, tmp_path / "out")
+    assert CALLS == [("large", 2)]
+    assert len(again.differences) == 2
+    CALLS.clear()
+    measured(config, tmp_path / "out", a=("sides: 3", "sides: 4"))
+    assert CALLS == [("small", 4), ("large", 4)]
+    torch.manual_seed(0)
+    save(create("dinov2_vits14", depth=1, width=32, heads=2, grid=3), tmp_path / "small.safetensors")
+    CALLS.clear()
+    measured(config, tmp_path / "out")
+    assert CALLS == [("small", 2), ("small", 4)]
+
+
+def test_a_task_that_fails_does_not_stop_the_others(config, tmp_path):
+    report = measured(config, tmp_path / "out", a=("data: here", "data: missing"))
+    assert report.failed == [(name, "guess", "no data at missing: give some.") for name in ("small", "large")]
+    assert len(report.measured) == 2
+    page = suite_story.facts(report)
+    assert page["table"]["rows"][0] == ["guess", "", "not measured", "not measured"]
+    assert page["failed"][0]["value"] == "no data at missing: give some."
+
+
+def test_the_page(config, tmp_path):
+    report = measured(config, tmp_path / "out")
+    page = suite_story.facts(report)
+    assert page["table"]["rows"][0] == ["guess", "accuracy", "0.2500", "0.7500 ★"]
+    path = suite_story.tell(tmp_path / "out", report)
+    html = path.read_text()
+    for text in ("guess of three", "large − small", "Guessed.", "1 images could not be read", "a picture", "data:image"):
+        assert text in html, text
+
+
+def test_models_are_paired_only_on_equally_many_samples():
+    def one(model, outcomes):
+        return suites.Measured(model, "t", {"metrics": {"accuracy": 0.5}}, outcomes)
+
+    assert not differences("a", [one("a", np.ones(3)), one("b", np.ones(4)), one("c", None)])
+    (found,) = differences("a", [one("a", np.zeros(3)), one("b", np.ones(3) / 4)])
+    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("task: guess, name", "task: gues, name", "task 2: unknown task 'gues': did you mean 'guess'?"),
+        ("sides: 3", "side: 3", "unknown field 'side'"),
+        ("sides: 3", "sides: many", "'many' is not a whole number"),
+        ("sides: 3", "sides: 12", "--sides is 12: give from 1 to 9"),
+        ("data: there, ", "", "task 2 (guess of three) has no data"),
+        ("name: guess of three, ", "", "two tasks of the name 'guess'"),
+        ("name: large", "name: small", "two models of the name 'small'"),
+        ("name: large", "name: a/b", "'a/b' cannot name a file"),
+        ("models:", "model:", "unknown field 'model'"),
+    ],
+)
+def test_mistakes_in_the_file(config, old, new, said):
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    with pytest.raises(OpsinError) as error:
+        read(config, TASKS)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_suite_without_tasks(config):
+    config.write_text(config.read_text().partition("tasks:")[0] + "tasks: []\n")
+    with pytest.raises(OpsinError, match="has no tasks"):
+        read(config, TASKS)

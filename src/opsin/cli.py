@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         who = "opsin" if ranks.first() else f"opsin, process {ranks.rank()} of {ranks.count()}"
         print(f"{who}: {error}", file=sys.stderr)
         status = 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
+        status = 0
     except Exception:
         if not ranks.together():
             raise
@@ -48,11 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 128 + signal.SIGINT
     except SystemExit as end:  # of tyro, after help or a value that does not fit
         status = int(end.code or 0)
-    except BrokenPipeError:
-        status = 0
     try:
         sys.stdout.flush()  # here, because at exit a closed pipe would be told as an error
-    except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # After a mistake, leaving in order would wait for processes that may be gone; after a signal, it would take the
     # interpreter from under the threads of Daft, which end the process as if it had crashed.
@@ -92,6 +92,7 @@ def _checked(arguments: list[str]) -> functools.partial[int]:
         option = option.replace("_", "-")
         known += _dotted(parameter.default) if is_dataclass(parameter.default) else [option]
         required += [option] if parameter.default is inspect.Parameter.empty else []
+        required = ["data"] * (getattr(parameter.default, "data", None) == "") + required  # of an evaluation's settings
     if not {"-h", "--help"} & set(rest):
         _check_options(name, rest, set(known), required)
     checked: functools.partial[int] = tyro.cli(_called_later(command), prog=f"opsin {name}", args=rest)

@@ -1,6 +1,5 @@
 """The sub-commands of `opsin`: every one is a typed function, its docstring the help, its arguments the options."""
 
-import json
 import os
 import re
 import shlex
@@ -13,12 +12,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from opsin import curation_commands as curation
 from opsin.curate.recipe import Curation
 from opsin.errors import OpsinError
+from opsin.evaluation_commands import EVALUATIONS
 from opsin.launch import Slurm, submit
+from opsin.output import check_file, write_json
+from opsin.picture_commands import PICTURES
 from opsin.plan.options import Cluster, Rates
 from opsin.pretrain.presets import DISTILL, PRESETS, preset
 from opsin.pretrain.recipe import Recipe, stages, to_yaml
@@ -79,63 +80,6 @@ def features(
     return 0
 
 
-def evaluate_knn(
-    data: Data,
-    weights: Path,
-    test_data: str | None = None,
-    model: str | None = None,
-    out: Path | None = None,
-    k: tuple[int, ...] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-    size: int = 224,
-    batch_size: int = 64,
-    workers: int = os.cpu_count() or 1,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    device: str | None = None,
-) -> int:
-    """Weighted k-nearest-neighbour accuracy of frozen features on images in one folder per class.
-
-    Args:
-        data: training images, one folder per class.
-        weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
-        test_data: test images, one folder per class; without it a part of `data` is held out.
-        model: name of the architecture, where the file does not tell it.
-        out: also write the results to this JSON file.
-        k: numbers of neighbours.
-        temperature: of the weights of neighbours.
-        size: side of the centre crop in pixels.
-        batch_size: images per forward.
-        workers: threads that read images.
-        test_fraction: share of every class that is held out without test_data.
-        seed: of that split.
-        device: cuda, mps or cpu; by default the first of these that is there.
-    """
-    from opsin.evaluate.knn import knn
-
-    _check_file(out)
-    extractor = _load(model, weights, device)
-    result = knn(
-        extractor.backbone,
-        data,
-        test_data,
-        k=k,
-        temperature=temperature,
-        size=size,
-        batch_size=batch_size,
-        workers=workers,
-        device=extractor.device,
-        seed=seed,
-        test_fraction=test_fraction,
-    )
-    table = Table("k", "accuracy", title=f"kNN, {result['n_train']} train and {result['n_test']} test images")
-    for number, accuracy in result["accuracy"].items():
-        table.add_row(number, f"{accuracy:.3f}")
-    Console().print(table)
-    _write_json(out, result)
-    return 0
-
-
 def bench_step(
     backbone: str = "dinov2_vits14",
     batch: int = 8,
@@ -164,10 +108,10 @@ def bench_step(
     from opsin.bench.table import step_table
     from opsin.machine import pick_device
 
-    _check_file(out)
+    check_file(out)
     result = time_step(backbone, batch, precision, prototypes, global_size, steps, pick_device(device))
     Console().print(step_table(result))
-    _write_json(out, asdict(result))
+    write_json(out, asdict(result))
     return 0
 
 
@@ -194,10 +138,10 @@ def bench_input(
     from opsin.bench.table import input_table
     from opsin.machine import pick_device
 
-    _check_file(out)
+    check_file(out)
     result = time_input(data, workers, batch, seconds, pick_device(device))
     Console().print(input_table(result))
-    _write_json(out, asdict(result))
+    write_json(out, asdict(result))
     return 0
 
 
@@ -227,10 +171,10 @@ def bench_features(
     from opsin.bench.table import features_table
     from opsin.machine import pick_device
 
-    _check_file(out)
+    check_file(out)
     result = time_features(backbone, batch, size, precision, images, workers, pick_device(device))
     Console().print(features_table(result))
-    _write_json(out, asdict(result))
+    write_json(out, asdict(result))
     return 0
 
 
@@ -286,14 +230,14 @@ def plan(settings: Recipe) -> Callable[..., int]:
         from opsin.plan.text import training_text
         from opsin.plan.training import plan
 
-        _check_file(out)
+        check_file(out)
         results = {}
         for stage in stages(settings, None):
             name = stage.phase.name if stage.phase else "run"
             results[name] = plan(stage.recipe, gpu, cluster)
             print(f"\nphase {name}, {stage.recipe.steps} steps: " * bool(stage.phase) + training_text(results[name]))
         phases = {name: asdict(result) for name, result in results.items()}
-        _write_json(out, phases if settings.phases else phases["run"])
+        write_json(out, phases if settings.phases else phases["run"])
         return 0
 
     return command
@@ -318,10 +262,10 @@ def plan_curation(
     from opsin.plan.curation import plan_curation
     from opsin.plan.text import curation_text
 
-    _check_file(out)
+    check_file(out)
     result = plan_curation(images, gpu, cluster, rates)
     print(curation_text(result))
-    _write_json(out, asdict(result))
+    write_json(out, asdict(result))
     return 0
 
 
@@ -376,7 +320,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "curate sample": curation.sample,
     "curate report": curation.report,
     "features": features,
-    "evaluate knn": evaluate_knn,
+    **EVALUATIONS,
+    **PICTURES,
     "bench step": bench_step,
     "bench input": bench_input,
     "bench features": bench_features,
@@ -395,21 +340,6 @@ def _check_there(data: str | None) -> None:
     folder = path if fixed == path else os.path.dirname(fixed) or "."
     if "://" not in path and not os.path.exists(folder):
         raise OpsinError(f"there is no file or folder {folder}: give --data a path that this machine and nodes see.")
-
-
-def _check_file(out: Path | None) -> None:
-    """Refuse a file that cannot be written before the work rather than after it."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise OpsinError(f"cannot write --out {out}: give the name of a file in a folder that exists.")
-
-
-def _write_json(out: Path | None, result: Any) -> None:
-    if out is None:
-        return
-    try:
-        out.write_text(json.dumps(result, indent=1))
-    except OSError as error:
-        raise OpsinError(f"cannot write {out}: {error.strerror}. Choose another --out.") from None
 
 
 def _load(model: str | None, weights: Path, device: str | None) -> Any:

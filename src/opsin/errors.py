@@ -30,4 +30,5 @@ def within(part: object, prefix: str, /, **ranges: tuple[float, float]) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if not low <= number <= high:
                 allowed = f"{low:g} or more" if high == FINITE else f"from {low:g} to {high:g}"
-                raise OpsinError(f"{prefix}{name} is {value}: give {allowed}.")
+                told = name.replace("_", "-") if prefix.startswith("--") else name  # as an option, or as in a recipe
+                raise OpsinError(f"{prefix}{told} is {value}: give {allowed}.")

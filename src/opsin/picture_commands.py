@@ -1,5 +1,6 @@
 """The sub-commands of `opsin visualize`: what the features of a backbone show, as picture files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -176,7 +177,7 @@ def matches(
     return _told(folder, 1)
 
 
-PICTURES = {
+PICTURES: dict[str, Callable[..., int]] = {
     "visualize pca": pca,
     "visualize attention": attention,
     "visualize similarity": similarity,

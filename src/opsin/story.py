@@ -22,7 +22,11 @@ from opsin.constants import normalisation
 from opsin.data.crops import as_unit
 from opsin.data.reader import ImageReader
 from opsin.data.sources import scan
-from opsin.evaluate.knn import extract
+from opsin.evaluate.model import wrap
+from opsin.evaluate.pooled import extract
+from opsin.evaluate.sets import ImageSet
+from opsin.evaluate.task import Run
+from opsin.evaluate.transforms import Centre
 from opsin.machine import pick_device
 from opsin.pretrain.recipe import Recipe, read
 from opsin.pretrain.step import build
@@ -53,10 +57,7 @@ def tell(out: Path, data: str | Path, device: str | None = None) -> Path:
     images = [images[row] for row in good]
     labels = None if source.labels is None else [int(source.labels[chosen[row]]) for row in good]
     size = recipe.crops.global_size
-    tokens = {
-        name: extract(net, images.__getitem__, len(images), size=size, batch_size=64, device=on)
-        for name, net in (("before", before), ("after", after))
-    }
+    tokens = {name: class_tokens(images, net, size) for name, net in (("before", before), ("after", after))}
     report = facts(out, recipe)
     report["title"] = "A backbone pretrained without labels"
     report["subtitle"] = f"{len(source)} images of {source.root}"
@@ -83,6 +84,13 @@ def backbones(out: Path, recipe: Recipe, device: torch.device) -> tuple[VisionTr
     elif recipe.weights:
         weights.adapt(before, recipe.weights)
     return before, load(out / "backbone.safetensors", device=device).backbone
+
+
+def class_tokens(images: Sequence[Tensor], backbone: VisionTransformer, size: int) -> Tensor:
+    """Class tokens of the central crops of images `[C, H, W]`, not of unit length: `[B, D]`, fp32 on the CPU."""
+    model = wrap(backbone, precision="bf16" if backbone.cls_token.is_cuda else None)
+    read = ImageSet("", len(images), images.__getitem__, str, "", channels=backbone.arch.channels)
+    return extract(model, read, range(len(images)), Centre(size), Run(workers=1), lambda _: None)[0].cls[:, -1]
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def facts(report: Report) -> dict[str, Any]:
             "rows": [
                 [
                     f"{one.entry}: {one.second} − {one.first}",
-                    one.metric,
+                    _arrowed(one.metric),
                     f"{one.samples:,}",
                     f"{one.mean:+.4f}",
                     f"{one.low:+.4f} to {one.high:+.4f}",
@@ -60,9 +60,8 @@ def facts(report: Report) -> dict[str, Any]:
                 for one in report.differences
             ],
             "note": "Means over test samples of what each contributes to the metric, paired by sample; the interval is "
-            "of 10,000 bootstrap resamples. An interval that holds 0 decides nothing. Lower is better for "
-            + ", ".join(sorted(LOWER_IS_BETTER))
-            + ". Chance in training and in the choice of images is not part of it.",
+            "of 10,000 bootstrap resamples. An interval that holds 0 decides nothing. ↓: lower is better, a difference "
+            "below 0 is a gain. Chance in training and in the choice of images is not part of it.",
         }
     if report.failed:
         page["failed"] = [{"label": f"{entry} of {model}", "value": reason} for model, entry, reason in report.failed]
@@ -79,10 +78,10 @@ def _overview(report: Report, by_place: Mapping[tuple[str, str], Measured]) -> d
         finite = [value for value in values if np.isfinite(value)]
         cells = [
             ("not measured" if one is None else f"{value:.4f}")
-            + " ★" * (len(finite) > 1 and bool(np.isfinite(value)) and value == best(finite))
+            + " ★" * (len(set(finite)) > 1 and value == best(finite))
             for one, value in zip(found, values, strict=True)
         ]
-        rows.append([entry.name, metric + " ↓" * (metric in LOWER_IS_BETTER), *cells])
+        rows.append([entry.name, _arrowed(metric), *cells])
     note = "The main metric of every task; ↓: lower is better." + " ★: best in the row." * (len(report.models) > 1)
     return {"headers": ["Task", "Metric", *report.models], "rows": rows, "note": note}
 
@@ -106,12 +105,21 @@ def _task(name: str, found: Sequence[Measured | None]) -> dict[str, Any]:
                 **({"note": " ".join(told)} if told else {}),
             }
         )
+    # The same picture by every model in a row.
     pictures = [
-        {"title": f"{one.model}: {title}" if len(there) > 1 else title, "image": _picture(path)}
-        for one in there
-        for title, path in one.pictures
+        [
+            {"title": f"{one.model}: {title}" if len(there) > 1 else title, "image": _picture(path)}
+            for one, (title, path) in zip(there, row, strict=True)
+        ]
+        for row in zip(*(one.pictures for one in there), strict=False)
     ]
-    return {"title": name, "notes": notes, "tables": tables, "pictures": pictures}
+    if len(there) == 1:
+        pictures = [[one for row in pictures for one in row]]
+    return {"title": name, "notes": notes, "tables": tables, "pictures": [row for row in pictures if row]}
+
+
+def _arrowed(metric: str) -> str:
+    return metric + " ↓" * (metric in LOWER_IS_BETTER)
 
 
 def _picture(path: Path) -> str:

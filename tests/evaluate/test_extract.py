@@ -20,7 +20,9 @@ from opsin.data.sources import scan
 from opsin.errors import OpsinError
 from opsin.evaluate import extract
 from opsin.evaluate.extract import write_features
-from opsin.evaluate.knn import knn
+from opsin.evaluate.knn import Knn, knn
+from opsin.evaluate.model import wrap
+from opsin.evaluate.task import Run
 
 SHAPES = [(40, 40), (40, 64), (64, 40), (33, 50), (40, 40), (90, 31), (40, 64)]
 SIZE = 24
@@ -403,8 +405,9 @@ def test_features_of_other_channels(channels, tmp_path):
         alone = extractor.features([torch.from_numpy(image)], size=SIZE)
         np.testing.assert_allclose(rows[name]["cls"], alone.cls[0], rtol=0, atol=1e-5)
     assert len({tuple(row["cls"]) for row in rows.values()}) == 4
-    result = knn(extractor.backbone, tmp_path / "data", k=(1,), size=SIZE, test_fraction=0.5)
-    assert (result["n_train"], result["n_test"], len(result["left_out"])) == (2, 2, 1)
+    settings = Knn(str(tmp_path / "data"), k=(1,), size=SIZE, test_fraction=0.5)
+    result = knn(wrap(extractor.backbone), settings, Run(cache=tmp_path / "kept", progress=False))
+    assert (result.details["n_train"], result.details["n_test"], len(result.left_out)) == (2, 2, 1)
 
 
 def test_features_of_arrays(tmp_path):

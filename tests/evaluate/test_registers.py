@@ -16,7 +16,7 @@ from opsin.backbone.registry import architecture
 from opsin.backbone.vit import VisionTransformer
 from opsin.cli import main
 from opsin.data.decode import decode
-from opsin.evaluate.knn import extract
+from opsin.evaluate.transforms import Centre
 
 REGISTERS = 3
 
@@ -74,8 +74,9 @@ def test_layers_packed_images_and_class_tokens(backbone):
             together = torch.cat([found.cls[:, None], found.registers, found.patches.flatten(1, 2)], dim=1)
             assert found.registers.shape == (1, REGISTERS, 16)
             torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
-    (cls,) = extract(backbone, lambda _: images[0], 1, size=24, batch_size=1, device="cpu")
-    assert cls.shape == (16,)
+    (cls,) = story.class_tokens(images[:1], backbone, 16)
+    wanted = tokens(backbone, Centre(16)(images[0])[None])[0, 0]
+    torch.testing.assert_close(cls, wanted, rtol=0, atol=1e-5)
 
 
 def test_attention_lists_the_class_token_then_registers_then_patches(backbone):

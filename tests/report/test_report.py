@@ -64,6 +64,17 @@ def full_report():
         "subtitle": HOSTILE,
         "summary": facts,
         "table": table,
+        "differences": table,
+        "failed": facts,
+        "tasks": [
+            {
+                "title": HOSTILE,
+                "notes": [HOSTILE],
+                "tables": [table | {"title": HOSTILE}],
+                "pictures": [[{"title": HOSTILE, "image": thumbnail(images[0])}]],
+            }
+        ],
+        "costs": table,
         "says": {"shows": [HOSTILE], "shows_not": [HOSTILE]},
         "curves": loss_curves(records(30)),
         "pca": pca_grid(images, {"before": panel, HOSTILE: panel}),

@@ -77,7 +77,7 @@ def discovery(model: Model, settings: Discovery, run: Run) -> Result:
     best = np.array([overlap(torch.tensor([boxes[i]]), truth[i]).max().item() for i in boxes])
     right = (best >= RIGHT).astype(np.float64)
     metrics = {"corloc": float(right.mean()), "overlap": float(best.mean())}
-    pictures = [_picture(images.read(i), boxes[i], truth[i], images.name(i)) for i in list(boxes)[:SHOWN]]
+    pictures = [_picture(images.read(i), boxes[i], truth[i], Path(images.name(i)).name) for i in list(boxes)[:SHOWN]]
     return Result(
         images.where,
         metrics,

@@ -1,267 +1,192 @@
-"""Weighted nearest-neighbour accuracy of a frozen backbone on labelled folders, by the reference's protocol."""
+"""Weighted nearest-neighbour accuracy of a frozen backbone, by the reference's protocol."""
 
-import logging
-import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from opsin.backbone.features import evaluation_transform
 from opsin.backbone.probe import NEIGHBOURS, knn_classify
-from opsin.backbone.vit import VisionTransformer
-from opsin.data.decode import shown
-from opsin.data.pipeline import prepared
-from opsin.data.reader import ImageReader
-from opsin.data.sources import Source, scan
-from opsin.errors import OpsinError
+from opsin.data.progress import progress
+from opsin.errors import FINITE, OpsinError, within
+from opsin.evaluate.datasets.classification import Metric, metric_of
+from opsin.evaluate.labelled import Labelled, labelled
+from opsin.evaluate.metrics import Measured, of_predictions
+from opsin.evaluate.model import Model
+from opsin.evaluate.task import Result, Run, Table
+from opsin.evaluate.transforms import Centre
 
-log = logging.getLogger(__name__)
-
-
-def extract(
-    backbone: VisionTransformer,
-    read: Callable[[int], Tensor],
-    count: int,
-    *,
-    size: int,
-    batch_size: int,
-    device: torch.device | str,
-    workers: int = 1,
-    advance: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Class tokens after the final norm, not normalised to unit length: `[count, D]`, fp32, on the CPU.
-
-    Images are resized (shorter side to size·256/224, antialiased bicubic), centre-cropped and normalised as
-    `evaluation_transform` does. The backbone moves to `device`. It computes in its own precision; on CUDA in bf16 under
-    autocast, where the reference has fp16: the same speed without its overflow.
-
-    Args:
-        backbone: of C channels.
-        read: index 0…count-1 → image `[C, H, W]`, see `evaluation_transform`; called from `workers` threads, while the
-            backbone computes.
-        count: number of images.
-        size: side of the crop in pixels, a multiple of the patch.
-        batch_size: images per forward.
-        device: where the backbone runs.
-        workers: threads that read and transform.
-        advance: called with the number of images after every batch.
-    """
-    device = torch.device(device)
-    # On a CPU the transform shares the cores with the backbone anyway, and MPS lacks antialiased bicubic.
-    transform_on = device if device.type == "cuda" else torch.device("cpu")
-    backbone = backbone.to(device).eval()
-    precision = next(backbone.parameters()).dtype
-    features = torch.empty(count, backbone.arch.width)
-
-    def prepare(index: int) -> Tensor:
-        return evaluation_transform(read(index).to(transform_on), size)
-
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    with torch.inference_mode(), closing(prepared(prepare, batches, workers=workers, ahead=1)) as ready:
-        for batch, crops in zip(batches, ready, strict=True):
-            images = torch.stack(crops).to(device, precision)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                cls = backbone([images])[0].cls
-            features[batch.start : batch.stop] = cls.float().cpu()
-            if advance is not None:
-                advance(len(batch))
-    return features
+QUERIES = 4096
+"""Queries of which all votes are held at once."""
+SIMILARITIES = 2**28
+"""Similarities that are held at once: 1 GiB."""
 
 
-def split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of a train and a test part, both sorted, drawn per class from `labels [N]`.
+@dataclass(frozen=True)
+class Knn:
+    """What nearest neighbours are asked."""
 
-    Every class of two or more images has at least one in each part; a class of one image is in the train part only.
-    """
-    if not 0 < test_fraction < 1:
-        raise OpsinError(f"test_fraction {test_fraction} is not between 0 and 1: give, for example, 0.2.")
-    test = []
-    for label in np.unique(labels):
-        members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        taken = min(max(round(len(members) * test_fraction), 1), len(members) - 1)
-        test.append(members[:taken])
-    chosen = np.sort(np.concatenate(test))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+    data: str = ""
+    """Training images, among which neighbours are found: one folder per class, shards with labels, or NAME:PATH of a
+    published set."""
+    test_data: str | None = None
+    """Test images, likewise; without it a published set's own test part, or a part of `data` that is held out."""
+    test_fraction: float = 0.2
+    """Share of every class that is held out without `test_data`."""
+    seed: int = 0
+    """Of that split, and of the draws of few images."""
+    size: int = 224
+    """Side of the centre crop in pixels, a multiple of the patch."""
+    k: tuple[int, ...] = NEIGHBOURS
+    """Numbers of neighbours; one above the number of training images is lowered to that."""
+    temperature: float = 0.07
+    """Of the softmax over similarities, which weighs the neighbours."""
+    shots: tuple[int, ...] = ()
+    """Also measure with so many training images per class (fewer where a class has fewer), drawn at random."""
+    tries: int = 5
+    """Draws for each number of `shots`; their mean is reported."""
+    balanced: bool = False
+    """Every class of the training images has the same weight in all (a neighbour's vote is divided by the number of
+    images of its class), and so it has in the result: mean accuracy per class."""
+
+    def __post_init__(self) -> None:
+        if not self.k:
+            raise OpsinError("--k is empty: give numbers of neighbours, for example 20.")
+        within(self, "--", k=(1, FINITE), size=(1, FINITE), seed=(0, FINITE), temperature=(1e-6, FINITE))
+        within(self, "--", shots=(1, FINITE), tries=(1, FINITE))
 
 
-def knn(
-    backbone: VisionTransformer,
-    data: str | Path,
-    test_data: str | Path | None = None,
-    *,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = 0.07,
-    size: int = 224,
-    batch_size: int = 64,
-    workers: int = 4,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    test_fraction: float = 0.2,
-) -> dict[str, Any]:
-    """kNN accuracy of `backbone`, with neighbours from the train images and queries from the test images.
+def knn(model: Model, settings: Knn, run: Run) -> Result:
+    """Weighted k-nearest-neighbour accuracy of frozen features, also from few images per class.
 
-    Args:
-        backbone: a frozen backbone.
-        data: a folder with one sub-folder per class.
-        test_data: another one, whose classes all occur in `data`; None splits `data` per class (see `split`).
-        k: numbers of neighbours; one above the number of train images is lowered to that.
-        temperature: of the softmax over similarities.
-        size: side of the centre crop in pixels, a multiple of the patch.
-        batch_size: images per forward.
-        workers: threads that read images.
-        device: where the backbone runs.
-        seed: of the split.
-        test_fraction: share of each class that is tested, when `data` is split.
+    Neighbours are by cosine similarity of class tokens. The best k is chosen on the test images, as the reference does.
 
     Returns:
-        JSON-able: `accuracy` for every k, `best` (the k that is best *on the test set*, as the reference reports it),
-        `per_class` accuracy at that k, `n_train`, `n_test`, `classes`, `left_out` (images that do not decode, with the
-        reason: they count nowhere), and `settings`.
+        `accuracy` (or `per_class`) at the best k, `accuracy_at_20` and so on for every k, `accuracy_1_shot` and so on
+        for every number of `shots`. Details: `best_k`, `per_class` at that k, `shots` (for every number its best k,
+        mean, standard deviation, tries, and how many classes have fewer images).
 
     Raises:
-        OpsinError: a folder has no labels, fewer than two classes or images, or nothing to test; the test set has a
-            class that the train set has not, or is the train set; features are not finite.
+        OpsinError: see `sets.train_and_test` and `pooled.features`; training images have several classes each, or none
+            has as many as `shots`.
     """
-    for name, value in (("k", min(k, default=0)), ("size", size), ("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise OpsinError(f"{name} {value} is too small: give 1 or more.")
-    if seed < 0:
-        raise OpsinError(f"seed {seed} is below 0: give 0 or more.")
-    if not temperature > 0:
-        raise OpsinError(f"temperature {temperature:g} is not above 0: give, for example, 0.07.")
-    train, labels = _labelled(data)
-    if len(train) < 2:
-        raise OpsinError(f"{shown(train.root)} holds a single image, and kNN accuracy needs two or more: add images.")
-    if len(train.classes) < 2:
-        raise OpsinError(
-            f"{shown(train.root)} holds only the class '{shown(train.classes[0])}', and kNN accuracy needs two or "
-            "more: add a folder per class."
-        )
-    if test_data is None:
-        if np.bincount(labels).max() < 2:
-            raise OpsinError(
-                f"every class of {shown(train.root)} has a single image, so none is left to test: add images, or give "
-                "a test folder."
-            )
-        test = train
-        gallery, queries = split(labels, test_fraction, seed)
-        query_classes = labels[queries]
-    else:
-        test, test_labels = _labelled(test_data)
-        gallery, queries = np.arange(len(train)), np.arange(len(test))
-        query_classes = _renumbered(test, test_labels, train)
-
-    sources = [train] if test is train else [train, test]
-    results = [_features(backbone, s, size, batch_size, workers, device) for s in sources]
-    (train_features, train_bad), (test_features, test_bad) = results[0], results[-1]
-    gallery = gallery[~np.isin(gallery, list(train_bad))]
-    readable = ~np.isin(queries, list(test_bad))
-    queries, query_classes = queries[readable], query_classes[readable]
-    if not len(gallery) or not len(queries):
-        raise OpsinError(
-            f"no {'test' if len(gallery) else 'train'} image of {shown(test.root if len(gallery) else train.root)} can "
-            "be decoded: replace the damaged files."
-        )
-    asked = torch.from_numpy(query_classes)
-    votes = knn_classify(
-        test_features[queries].to(device),
-        train_features[gallery].to(device),
-        torch.from_numpy(labels[gallery]).to(device),
-        k,
-        num_classes=len(train.classes),
-        temperature=temperature,
+    split = labelled(
+        model, settings.data, settings.test_data, settings.test_fraction, settings.seed, Centre(settings.size), run
     )
-    correct = {number: (vote.argmax(1).cpu() == asked).double() for number, vote in votes.items()}
-    accuracy = {number: hits.mean().item() for number, hits in correct.items()}
-    best = max(accuracy, key=lambda number: accuracy[number])
-    left_out = [(source, i, bad[i]) for source, (_, bad) in zip(sources, results, strict=True) for i in sorted(bad)]
+    if split.train.labels.ndim == 2:
+        raise OpsinError(
+            f"images of {split.train.images.where} have several classes each, and a neighbour votes for one: "
+            "evaluate logreg on this set."
+        )
+    if split.answers is not None:  # only images of classes that an answer may be can be neighbours
+        rows = split.answers[split.train.labels]
+        train = replace(split.train, tokens=split.train.tokens[rows], labels=split.train.labels[rows])
+        split = replace(split, train=train)
+    published = metric_of(settings.test_data or settings.data)
+    metric: Metric = "per_class" if settings.balanced or published == "per_class" else "accuracy"
+
+    def measure(k: Sequence[int], rows: Tensor | None = None) -> dict[int, Measured]:
+        predicted = _predicted(split, k, settings, run, rows)
+        labels, classes = split.test.labels, len(split.classes)
+        return {number: of_predictions(classed, labels, classes, metric) for number, classed in predicted.items()}
+
+    by_k = measure(settings.k)
+    best = max(by_k, key=lambda number: by_k[number].value)
+    few = {number: _few_shot(number, split, settings, measure) for number in sorted(set(settings.shots))}
+    details = split.details(by_k[best]) | {"best_k": best}
+    outcomes = by_k[best].outcomes
+    assert outcomes is not None
+    return Result(
+        data=split.data,
+        metrics={
+            metric: by_k[best].value,
+            **{f"{metric}_at_{number}": measured.value for number, measured in by_k.items()},
+            **{f"{metric}_{number}_shot": found["mean"] for number, found in few.items()},
+        },
+        table=Table(
+            ("neighbours", "accuracy" if metric == "accuracy" else "mean accuracy per class"),
+            [
+                *([str(number), f"{measured.value:.3f}"] for number, measured in by_k.items()),
+                *(
+                    [
+                        f"{found['k']} of {number} per class",
+                        f"{found['mean']:.3f} ± {found['standard_deviation']:.3f}",
+                    ]
+                    for number, found in few.items()
+                ),
+            ],
+            f"{details['n_train']} training and {details['n_test']} test images.",
+        ),
+        details=details | ({"shots": {str(number): found for number, found in few.items()}} if few else {}),
+        left_out=split.train.left_out + split.test.left_out,
+        outcomes=outcomes.numpy(),
+    )
+
+
+def few_per_class(labels: NDArray[np.int64], number: int, seed: int, draw: int) -> NDArray[np.int64]:
+    """Sorted indices of `number` images of every class of `labels [N]`, or of all that it has if it has fewer.
+
+    What is drawn for a smaller number is part of what the same seed and draw give for a larger one.
+    """
+    order = np.random.default_rng([seed, draw]).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    _, first, inverse = np.unique(labels[order], return_index=True, return_inverse=True)
+    return np.sort(order[np.arange(len(labels)) - first[inverse] < number])
+
+
+def _few_shot(
+    number: int, split: Labelled, settings: Knn, measure: Callable[[Sequence[int], Tensor], dict[int, Measured]]
+) -> dict[str, Any]:
+    """Measured with `number` training images per class, with up to `number` neighbours, as in the reference."""
+    labels = split.train.labels.cpu().numpy()
+    sizes = np.unique(labels, return_counts=True)[1]
+    if sizes.max() < number:
+        raise OpsinError(
+            f"no class of {split.train.images.where} has --shots {number} training images, the largest has "
+            f"{sizes.max()}: give smaller numbers."
+        )
+    k = sorted({number, *(one for one in settings.k if one < number)})
+    tries = [
+        measure(k, torch.from_numpy(few_per_class(labels, number, settings.seed, draw)))
+        for draw in range(settings.tries)
+    ]
+    by_k = {one: [measured[one].value for measured in tries] for one in k}
+    best = max(by_k, key=lambda one: np.mean(by_k[one]))
     return {
-        "accuracy": {str(number): value for number, value in accuracy.items()},
-        "best": {"k": best, "accuracy": accuracy[best]},
-        "per_class": {
-            shown(train.classes[label]): correct[best][asked == label].mean().item()
-            for label in asked.unique().tolist()
-        },
-        "n_train": len(gallery),
-        "n_test": len(queries),
-        "classes": [shown(name) for name in train.classes],
-        "left_out": [{"path": shown(source.place(i)), "reason": reason} for source, i, reason in left_out],
-        "settings": {
-            "data": shown(train.root),
-            "test_data": None if test_data is None else shown(test.root),
-            "k": list(k),
-            "temperature": temperature,
-            "size": size,
-            "seed": None if test_data else seed,
-            "test_fraction": None if test_data else test_fraction,
-        },
+        "k": best,
+        "mean": float(np.mean(by_k[best])),
+        "standard_deviation": float(np.std(by_k[best], ddof=min(1, settings.tries - 1))),
+        "tries": by_k[best],
+        "classes_with_fewer": int((sizes < number).sum()),
     }
 
 
-def _labelled(data: str | Path) -> tuple[Source, NDArray[np.int64]]:
-    source = scan(data)
-    if source.labels is None:
-        raise OpsinError(
-            f"{shown(data)} has no labels: put each image into a sub-folder that is named after its class, or "
-            "give shards with labels."
-        )
-    return source, source.labels
-
-
-def _renumbered(test: Source, test_labels: NDArray[np.int64], train: Source) -> NDArray[np.int64]:
-    """The test set's labels in the numbering of the train set's classes."""
-    if os.path.realpath(test.root) == os.path.realpath(train.root):
-        raise OpsinError(
-            f"{shown(test.root)} is given as train and as test folder, so every image would find itself: leave out the "
-            "test folder to have it split."
-        )
-    number = {name: i for i, name in enumerate(train.classes)}
-    strange = [shown(name) for name in test.classes if name not in number]
-    if strange:
-        names = ", ".join(f"'{name}'" for name in strange[:5]) + (
-            f" and {len(strange) - 5} more" if strange[5:] else ""
-        )
-        raise OpsinError(
-            f"the test folder {shown(test.root)} has classes that the train folder has not, {names}: name the class "
-            "folders alike in both."
-        )
-    return np.array([number[name] for name in test.classes], dtype=np.int64)[test_labels]
-
-
-def _features(
-    backbone: VisionTransformer, source: Source, size: int, batch_size: int, workers: int, device: torch.device | str
-) -> tuple[Tensor, dict[int, str]]:
-    """Class tokens `[N, D]` of all images, and the index and reason of those that do not decode.
-
-    The reader gives another image in place of a broken one, whose class may differ: their rows must not be used.
-    """
-    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with (
-        ImageReader(source, workers=1, channels=backbone.arch.channels, max_bad_fraction=1) as reader,
-        Progress(*columns, console=Console(stderr=True)) as bar,
-    ):
-        task = bar.add_task("features", total=len(source))
-        features = extract(
-            backbone,
-            reader.read,
-            len(source),
-            size=size,
-            batch_size=batch_size,
-            device=device,
-            workers=workers,
-            advance=lambda images: bar.advance(task, images),
-        )
-    if reader.bad:
-        first = min(reader.bad)
-        log.warning("%d images left out, first %s (%s)", len(reader.bad), shown(source.place(first)), reader.bad[first])
-    if not features.isfinite().all():
-        raise OpsinError("the backbone's features are not finite: its weights are damaged, or training diverged.")
-    return features, reader.bad
+def _predicted(
+    split: Labelled, k: Sequence[int], settings: Knn, run: Run, rows: Tensor | None = None
+) -> dict[int, Tensor]:
+    """The most voted class of every test image `[Q]` for every k, from all training images or some rows of them."""
+    gallery, labels = split.train.tokens, split.train.labels
+    if rows is not None:
+        gallery, labels = gallery[rows.to(gallery.device)], labels[rows.to(labels.device)]
+    sizes = labels.bincount(minlength=len(split.classes)).clamp(min=1)
+    parts: dict[int, list[Tensor]] = {}
+    with progress("neighbours", len(split.test), "images", run.progress) as advance:
+        for queries in split.test.tokens.split(QUERIES):
+            votes = knn_classify(
+                queries,
+                gallery,
+                labels,
+                k,
+                num_classes=len(split.classes),
+                temperature=settings.temperature,
+                chunk=min(1024, max(1, SIMILARITIES // len(gallery))),
+            )
+            for number, vote in votes.items():
+                # A class's votes are a sum over its images: dividing the sum divides each of them.
+                vote = vote / sizes if settings.balanced else vote
+                parts.setdefault(number, []).append(vote.argmax(1))
+            advance(len(queries))
+    return {number: torch.cat(found) for number, found in parts.items()}

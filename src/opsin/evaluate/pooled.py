@@ -90,7 +90,7 @@ def features(model: Model, images: ImageSet, transform: Transform, run: Run) -> 
                     raise OpsinError(
                         "the backbone's features are not finite: its weights are damaged, or training diverged."
                     )
-                _keep(folder, part.start, pooled, bad, model)
+                keep(folder, part.start, pooled, bad, model)
     kept = [load_file(folder / f"{part.start}.safetensors") for part in parts]
     bad = {}
     for part in parts:
@@ -134,7 +134,12 @@ def extract(
     return found, bad
 
 
-def _keep(folder: Path, start: int, pooled: Pooled, bad: dict[int, str], model: Model) -> None:
+def keep(folder: Path, start: int, pooled: Pooled, bad: dict[int, str], model: Model) -> None:
+    """Write the features of a part, which starts with image `start`, to the store: fp32 or fp16 as `features` says.
+
+    Raises:
+        OpsinError: nothing can be written there.
+    """
     dtype = torch.float32 if model.extractor.dtype == torch.float32 else torch.float16
     whole, partial = folder / f"{start}.safetensors", folder / f"{start}.partial"
     try:

@@ -95,6 +95,70 @@ PAPER = (
 """Every number of Tables 4 to 12 that one command reproduces on the real data."""
 
 
+class Ablation(NamedTuple):
+    """A line of the paper's Tables 1 and 3: how training differs, and what it gave."""
+
+    table: str
+    """Its number."""
+    what: str
+    """What the line says."""
+    options: str
+    """Options of `opsin pretrain` that make it; what the paper does not state is in the note of docs/evaluate.md."""
+    values: str
+    """Its numbers, as the paper gives them."""
+
+
+_UNTIED = "--recipe vitl14"
+_TIED = f"{_UNTIED} --heads.tied --heads.dino-prototypes 131072"
+_CENTRED = f"{_TIED} --loss.centering average"
+_SMALLER = f"{_CENTRED} --batch.size 2048"
+_WARM = f"{_SMALLER} --schedule.warmup-steps 12500 --schedule.teacher-temperature-steps 37500"
+_MOMENTUM = f"{_WARM} --schedule.momentum 0.992 1"
+_PATCH = f"{_MOMENTUM} --backbone.patch 16 --backbone.grid 14 --crops.local-size 96"
+_MLP = f"{_PATCH} --backbone.ffn mlp"
+_NO_KOLEO = f"{_MLP} --loss.koleo 0"
+_FEWER = f"{_NO_KOLEO} --heads.dino-prototypes 65536"
+_PLAIN = f"{_FEWER} --backbone.layerscale 1 --drop-path 0.1"
+
+ABLATIONS = (
+    Ablation("1", "DINOv2 (untied heads)", _UNTIED, "kNN 82.0, linear 84.5"),
+    Ablation("1", "before untied heads (with Sinkhorn–Knopp)", _TIED, "81.7, 84.7"),
+    Ablation("1", "before Sinkhorn–Knopp (with batch 3k)", _CENTRED, "81.7, 84.7"),
+    Ablation("1", "before batch 3k (with tweaked warm-up)", _SMALLER, "80.5, 83.8"),
+    Ablation("1", "before tweaked warm-up (with momentum 0.994)", _WARM, "79.4, 83.6"),
+    Ablation("1", "before momentum 0.994 (with patch 14)", _MOMENTUM, "78.9, 83.5"),
+    Ablation("1", "before patch 14 (with SwiGLU)", _PATCH, "78.7, 83.1"),
+    Ablation("1", "before SwiGLU (with KoLeo)", _MLP, "78.9, 82.5"),
+    Ablation("1", "before KoLeo (with 128k prototypes)", _NO_KOLEO, "76.6, 81.9"),
+    Ablation("1", "before 128k prototypes (with LayerScale, stochastic depth)", _FEWER, "75.4, 82.0"),
+    Ablation("1", "iBOT, reproduced", _PLAIN, "74.5, 83.2"),
+    Ablation("3", "without KoLeo", "--recipe vitg14 --loss.koleo 0", "IN-1k 85.3, IN-A 70.6, ADE 47.2, Ox-M 55.6"),
+    Ablation("3", "without the patch loss", "--recipe vitg14 --loss.ibot 0", "85.3, 72.0, 44.2, 64.3"),
+    Ablation("3", "both", "--recipe vitg14", "85.8, 72.8, 47.1, 63.9"),
+)
+"""Tables 1 and 3: how the recipe came about. (Table 2 compares data, with the same training.)"""
+
+
+def tables() -> str:
+    """The tables of docs/evaluate.md."""
+    lines = ["| table | command | metric | S/14 | B/14 | L/14 | g/14 |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in PAPER:
+        command = f"`{command_of(row)}`"
+        cells = ["" if value is None else f"{value:g}" for value in row.values]
+        lines.append(" | ".join([f"| {row.table}", command, f"`{row.metric}`", *cells]) + " |")
+    lines += ["", "| table | what | command | ImageNet-1k, per cent |", "| --- | --- | --- | --- |"]
+    for one in ABLATIONS:
+        lines.append(
+            f"| {one.table} | {one.what} | `opsin pretrain {one.options} --data DATA --out OUT` | {one.values} |"
+        )
+    return "\n".join(lines)
+
+
+def command_of(row: Row) -> str:
+    """What measures a line of the paper's tables, with PATH where files lie and WEIGHTS for the model."""
+    return f"opsin evaluate {row.task} --data {row.data}:PATH {row.options}".rstrip() + " --weights WEIGHTS"
+
+
 def beside(task: str, data: str, arch: Architecture) -> list[str]:
     """Lines that say what the paper reports on a published set for this task, and for a model of this size.
 

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from opsin.errors import FINITE, within
 from opsin.evaluate.model import Model
 
-LOWER_IS_BETTER = frozenset({"rmse", "abs_rel", "log10", "mce", "error", "gap_between_groups"})
+LOWER_IS_BETTER = frozenset(
+    {"rmse", "abs_rel", "log10", "mce", "corruption_error", "degradation", "gap_between_groups"}
+)
 """Metrics of which less is better."""
 
 

@@ -71,8 +71,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
     - `differences`, `costs`: tables as above.
     - `failed`: a list as `summary`.
-    - `tasks`: list of `{"title": text, "notes": [text], "tables": [table], "pictures": [{"title", "image"}]}`, the
-      tables with a `title` each.
+    - `tasks`: list of `{"title": text, "notes": [text], "tables": [table], "pictures": [[{"title", "image"}]]}`, the
+      tables with a `title` each, the pictures in rows.
 
     Pictures are data URIs. The file appears whole or not at all.
 

@@ -1,0 +1,158 @@
+"""Robustness: errors by condition, mCE as published, results that survive a stop."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opsin.backbone.vit import Architecture, VisionTransformer
+from opsin.errors import OpsinError
+from opsin.evaluate import robustness as task
+from opsin.evaluate.classifier import Classifier, save
+from opsin.evaluate.corruptions import KINDS, corrupt
+from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
+from opsin.evaluate.dense import normalised
+from opsin.evaluate.model import wrap
+from opsin.evaluate.pooled import pool
+from opsin.evaluate.robustness import Robustness, crop, robustness
+from opsin.evaluate.sets import own
+from opsin.evaluate.task import Run
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 11)):
+        for i in range(count):
+            place = tmp_path / part / f"class{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (*rng.integers(30, 50, 2), 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i:02}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def head(tmp_path):
+    path = tmp_path / "head.safetensors"
+    torch.manual_seed(1)
+    save(Classifier(torch.randn(2, 48), torch.zeros(2), blocks=1, mean=True), path)
+    return path
+
+
+def settings_in(folders, head, **options):
+    options = {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5), "size": 32} | options
+    return Robustness(data=str(folders / "train"), test_data=str(folders / "test"), head=head, **options)
+
+
+def run_in(tmp_path, **options):
+    return Run(batch_size=3, workers=2, cache=tmp_path / "kept", progress=False, **options)
+
+
+def test_errors_are_those_of_each_image_by_itself(model, folders, head, tmp_path):
+    result = robustness(model, settings_in(folders, head, stored_as="png"), run_in(tmp_path))
+    images, classifier = own(str(folders / "test")), task.load(head, 24, 2)
+    for kind in ("gaussian_noise", "contrast"):
+        for severity in (1, 5):
+            wrong = 0
+            for i in range(len(images)):
+                seen = corrupt(crop(images.read(i), 32)[None], kind, severity, 0, [i])
+                wrong += int(classifier.logits(pool(model, normalised(seen))).argmax()) != images.labels[i]
+            assert result.details["errors"][kind][severity] == pytest.approx(wrong / len(images))
+    assert list(result.metrics) == ["accuracy", "corruption_error", "degradation"]
+    assert "no mCE" in result.table.note
+
+
+def test_what_is_random_is_drawn_by_the_number_in_the_set(model, folders, head, tmp_path, monkeypatch):
+    asked, real = [], task.drawn
+    monkeypatch.setattr(task, "PART", 4)
+    monkeypatch.setattr(task, "drawn", lambda kind, seed, index, *s: asked.extend(index) or real(kind, seed, index, *s))
+    robustness(model, settings_in(folders, head, corruptions=("snow",)), run_in(tmp_path))
+    assert asked == list(range(11))
+
+
+def test_a_stopped_run_goes_on(model, folders, head, tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "PART", 4)
+    whole = robustness(model, settings_in(folders, head), Run(3, 2, tmp_path / "other", False))
+    calls, real = [], task.applied
+
+    def stops(images, *rest):
+        calls.append(len(images))
+        if sum(calls) > 20:
+            raise KeyboardInterrupt
+        return real(images, *rest)
+
+    monkeypatch.setattr(task, "applied", stops)
+    with pytest.raises(KeyboardInterrupt):
+        robustness(model, settings_in(folders, head), run_in(tmp_path))
+    calls.clear()
+    monkeypatch.setattr(task, "applied", lambda images, *rest: calls.append(len(images)) or real(images, *rest))
+    again = robustness(model, settings_in(folders, head), run_in(tmp_path))
+    assert again.details == whole.details
+    assert sum(calls) == (11 - 4) * 4
+    calls.clear()
+    robustness(model, settings_in(folders, head, corruptions=("contrast", "fog")), run_in(tmp_path))
+    assert sum(calls) == 11 * 2  # fog alone
+
+
+def test_unreadable_images_count_nowhere(model, folders, head, tmp_path):
+    before = robustness(model, settings_in(folders, head), run_in(tmp_path))
+    (folders / "test" / "class0" / "zz.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    after = robustness(model, settings_in(folders, head, corruptions=("contrast",)), run_in(tmp_path))
+    assert after.details["errors"]["contrast"] == before.details["errors"]["contrast"]
+    assert len(after.left_out) == 1
+
+
+def test_mean_corruption_error_of_alexnet_is_one():
+    alexnet = {kind: {i + 1: value / 100 for i, value in enumerate(ALEXNET[kind])} for kind in KINDS}
+    assert mean(list(corruption_errors(alexnet).values())) == pytest.approx(1)
+    two = {"fog": {1: 0.337, 2: 0.4}, "contrast": {5: 0.5}}
+    terms = corruption_errors(two)
+    assert terms["fog"] == pytest.approx(0.737 / (0.67474 + 0.7605))
+    assert terms["contrast"] == pytest.approx(0.5 / 0.9927)
+
+
+def test_distributed_images_are_read_and_other_sets_measured(model, folders, head, tmp_path):
+    rng = np.random.default_rng(1)
+    names = ("n01440764", "n01443537")
+    for old, new in zip(("class0", "class1"), names, strict=True):
+        for part in ("train", "test"):
+            (folders / part / old).rename(folders / part / new)
+        place = folders / "c" / "contrast" / "2" / new
+        place.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.JPEG")
+    tests = (f"imagenet-c:{folders / 'c'}", str(folders / "train"))
+    options = {"corruptions": ("contrast",), "severities": (2,), "tests": tests}
+    result = robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
+    error = result.details["errors"]["contrast"][2]
+    assert result.metrics["mce"] == pytest.approx(error / 0.7615)
+    assert f"accuracy_{folders / 'train'}" in result.metrics
+
+
+def test_missing_frost_is_in_the_table(model, folders, head, tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "missing", lambda: {"frost": "no textures"})
+    result = robustness(model, settings_in(folders, head, corruptions=("frost", "contrast")), run_in(tmp_path))
+    assert result.details["missing"] == {"frost": "no textures"}
+    assert "frost is left out" in result.table.note
+    with pytest.raises(OpsinError, match="no corruption is left"):
+        robustness(model, settings_in(folders, head, corruptions=("frost",)), run_in(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corruptions": ("fogg",)}, "did you mean 'fog'"),
+        ({"severities": (6,)}, "--severities is"),
+        ({"severities": ()}, "different numbers from 1 to 5"),
+        ({"test_fraction": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(options, message):
+    with pytest.raises(OpsinError, match=message):
+        Robustness(**options)

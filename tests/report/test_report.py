@@ -138,7 +138,7 @@ def test_full_report_is_self_contained_and_escaped(tmp_path):
     assert "@import" not in html
     assert not re.search(r"url\(", html)
     # One for each place where the text was given; the title element is not counted.
-    assert page.text.count(HOSTILE) == 22 + 2 + 3 + 1 + 6 + 5 + 11 + 6 + 1
+    assert page.text.count(HOSTILE) == 22 + 2 + 3 + 1 + 6 + 5 + 11 + 6 + 1 + 3 + 2 + 7 + 3
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 

@@ -217,7 +217,7 @@ def _table(metrics: dict[str, float], decided: Decisions) -> Table:
     threshold = decided.recall_at_precision(PRECISION)[1]
     note = f"{len(decided.positives):,} pairs of copies, {decided.negatives:,} of other images; "
     note += "precision 0.9 is never reached" if threshold is None else f"precision 0.9 from similarity {threshold:.3f}"
-    return Table(("metric", "%"), [(metric, f"{100 * value:.1f}") for metric, value in metrics.items()], note)
+    return Table(("metric", "value"), [(metric, f"{value:.3f}") for metric, value in metrics.items()], note)
 
 
 def _copydays(model: Model, path: Path, transform: Transform, settings: Copies, run: Run) -> Result:

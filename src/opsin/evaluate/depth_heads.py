@@ -175,15 +175,16 @@ class DPTHead(DepthHead):
         self.lateral = nn.ModuleList(_he(nn.Conv2d(size, CHANNELS, 3, padding=1, bias=False)) for size in sizes)
         self.fusion = nn.ModuleList(Fusion(first=i == 0) for i in range(4))
         self.mix = _he(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1))
+        last = nn.Conv2d(32, 1, 1)
+        # Where all outputs are below 0 the ReLU has no gradient and nothing is ever learned: start within the range.
+        last.bias = nn.Parameter(torch.tensor([(max_depth - min_depth) / 4]))
         self.output = nn.Sequential(
             nn.Conv2d(CHANNELS, CHANNELS // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
             nn.Conv2d(CHANNELS // 2, 32, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 1, 1),
+            last,
         )
-        # Where all outputs are below 0 the ReLU has no gradient and nothing is ever learned: start within the range.
-        nn.init.constant_(self.output[4].bias, (max_depth - min_depth) / 4)
 
     def forward(self, features: Sequence[Features]) -> Tensor:
         """Metres `[B, 32⌈h/2⌉, 32⌈w/2⌉]` of four blocks' features on `h × w` patches."""

@@ -185,7 +185,7 @@ def side_by_side(image: Tensor, target: Tensor, prediction: Tensor) -> NDArray[n
     # Not the extremes: single wrong pixels would squeeze all others into one colour.
     low, high = np.percentile((target[there] if there.any() else prediction).numpy(), (2, 98))
     colours = [
-        torch.from_numpy(colormaps["viridis"](((depth.numpy() - low) / max(high - low, 1e-6)))[..., :3])
+        torch.from_numpy(colormaps["viridis"]((depth.numpy() - low) / max(high - low, 1e-6))[..., :3])
         for depth in (target, prediction)
     ]
     colours[0][~there] = 0

@@ -112,8 +112,8 @@ def recognise(
         data=name,
         metrics=metrics,
         table=Table(
-            ("metric", "%"),
-            [(metric, f"{100 * value:.1f}") for metric, value in metrics.items()],
+            ("metric", "value"),
+            [(metric, f"{value:.3f}") for metric, value in metrics.items()],
             f"{int(known.sum()):,} queries of exhibits and {int((~known).sum()):,} of other things among "
             f"{len(truth):,}; {neighbours} neighbours and temperature {temperature:g}, chosen on val",
         ),

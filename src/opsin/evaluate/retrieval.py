@@ -148,7 +148,7 @@ def _ranked(
     return Result(
         data=name or data.database.where,
         metrics=metrics,
-        table=Table(("metric", "%"), [(metric, f"{100 * v:.1f}") for metric, v in (metrics | extra).items()], note),
+        table=Table(("metric", "value"), [(metric, f"{v:.3f}") for metric, v in (metrics | extra).items()], note),
         details=details,
         left_out=left_out,
         outcomes=np.array(precisions[first]),

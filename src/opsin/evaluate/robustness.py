@@ -150,7 +150,7 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
     for name, images, mask, metric in further:
         found = features(model, images, Centre(settings.probe.size), run)
         metrics[f"{metric}_{name}"] = measure(classifier_on_cpu(classifier), images, found, metric, mask).value
-        rows.append([name, *[""] * len(settings.severities), f"{1 - metrics[f'{metric}_{name}']:.1%}", ""])
+        rows.append([name, *[""] * len(settings.severities), f"{1 - metrics[f'{metric}_{name}']:.3f}", ""])
         left_out += left_out_of(images, found)
     return Result(
         data=named(spec, SETS)[0] or test.where,
@@ -334,17 +334,17 @@ def _table(
 ) -> Table:
     headers = ["error", *(f"severity {severity}" for severity in settings.severities), "mean", "of AlexNet's"]
     blank = [""] * len(settings.severities)
-    body = [["clean", *blank, f"{clean:.1%}", ""]]
+    body = [["clean", *blank, f"{clean:.3f}", ""]]
     notes = []
     if clean_crop is not None:
-        body.append(["clean, the corrupted crop", *blank, f"{clean_crop:.1%}", ""])
+        body.append(["clean, the corrupted crop", *blank, f"{clean_crop:.3f}", ""])
     for kind, by_severity in errors.items():
         values = list(by_severity.values())
-        term = f"{terms[kind]:.1%}" if kind in terms else ""
-        body.append([kind, *(f"{value:.1%}" for value in values), f"{mean(values):.1%}", term])
+        term = f"{terms[kind]:.3f}" if kind in terms else ""
+        body.append([kind, *(f"{value:.3f}" for value in values), f"{mean(values):.3f}", term])
     body += [[kind, *["missing"] * len(settings.severities), "missing", ""] for kind in lacking]
     if terms:
-        body.append(["mCE", *blank, "", f"{mean(list(terms.values())):.1%}"])
+        body.append(["mCE", *blank, "", f"{mean(list(terms.values())):.3f}"])
         if set(terms) != set(KINDS) or set(settings.severities) != set(SEVERITIES):
             notes.append("The published mCE is over 15 kinds and 5 severities, this one over those above.")
     elif errors:

@@ -35,6 +35,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/curation.py
+	$(BIN)/python benchmarks/probes_knn.py
+	$(BIN)/python benchmarks/probes_linear.py
+	$(BIN)/python benchmarks/corruptions.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

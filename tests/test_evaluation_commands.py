@@ -74,6 +74,11 @@ def test_classifiers_on_digits(weights, digits, tmp_path, capsys):
     found = evaluate("logreg", tmp_path, "--weights", w, "--data", digits, "--size", 28, "--values", 4)
     assert found["metrics"]["accuracy"] > 0.5
     assert len(list((tmp_path / "kept").glob("features-*"))) == 4  # train and test, of two preparations
+    hard = ["--size", 28, "--corruptions", "contrast", "--severities", 1, 5, *probe]
+    found = evaluate("robustness", tmp_path, "--weights", w, "--data", digits, *hard)
+    assert found["metrics"]["accuracy"] > 0.4
+    assert found["metrics"]["corruption_error"] > 1 - found["metrics"]["accuracy"]  # digits of almost no contrast
+    assert "mce" not in found["metrics"]  # which is of ImageNet
 
 
 def test_a_suite_of_two_models(weights, digits, tmp_path, capsys):
@@ -186,7 +191,7 @@ def test_pictures(weights, photos, tmp_path, capsys):
         (["segmentation", "--data", "{photos}"], "--masks"),
         (["depth", "--data", "{photos}"], "--depths"),
         (["discovery", "--data", "{photos}"], "--boxes"),
-        (["copies", "--data", "{photos}"], "has no labels"),
+        (["copies", "--data", "{photos}"], "give --pairs FILE, or put the copies"),
         (["video", "--data", "{photos}"], ""),
         (["fairness", "--data", "{photos}"], "--table"),
         (["retrieval", "--data", "{photos}"], ""),
@@ -204,7 +209,7 @@ def test_mistakes_are_one_sentence(weights, digits, photos, tmp_path, capsys, ar
 
 def test_a_killed_training_goes_on(weights, digits, tmp_path):
     """kill -9 in the middle of a linear probe on fresh crops: the same command ends with the uninterrupted numbers."""
-    probe = ["--probe.size", "28", "--probe.steps", "400", "--probe.train-batch", "32"]
+    probe = ["--probe.size", "28", "--probe.steps", "200", "--probe.train-batch", "16"]
     base = [sys.executable, "-c", "import opsin.evaluate.training as t, sys; from opsin.cli import main\n"
             "t.train.__kwdefaults__['every'] = 0.2\nsys.exit(main(sys.argv[1:]))"]  # fmt: skip
 
@@ -223,7 +228,7 @@ def test_a_killed_training_goes_on(weights, digits, tmp_path):
     process.wait()
     assert process.returncode == -signal.SIGKILL, "it was too quick to be killed"
     step = torch.load(states[0], weights_only=True)["step"]
-    assert 0 < step < 400
+    assert 0 < step < 200
     for name in ("killed", "whole"):
         subprocess.run(command(name), env=environment, check=True, stdout=subprocess.DEVNULL)
     killed, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole"))

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.data.decode import shown
+from opsin.data.sources import scan
 from opsin.errors import OpsinError, within
 from opsin.evaluate.model import Model
 from opsin.evaluate.ranking import Decisions, blocks, decisions, orders, ranks_of, trapezoidal_precision
-from opsin.evaluate.sets import ImageSet, named, of_files, own
+from opsin.evaluate.sets import ImageSet, named, of_files, of_source
 from opsin.evaluate.task import Result, Run, Table
 from opsin.evaluate.transforms import Transform
 from opsin.evaluate.vectors import Feature, Resize, transform_of, vectors
@@ -78,7 +79,13 @@ def copies(model: Model, settings: Copies, run: Run) -> Result:
         similarity = scores.double().numpy()
         decided = _decided(similarity[copy[usable]], iter([similarity[~copy[usable]]]), images.where)
     else:
-        images = own(settings.data, model.arch.channels)
+        source = scan(settings.data)
+        if source.labels is None:
+            raise OpsinError(
+                f"{shown(settings.data)} does not say what is a copy of what: give --pairs FILE, or put the copies of "
+                "one image into a folder of their own."
+            )
+        images = of_source(source, model.arch.channels)
         found, bad = vectors(model, images, transform, settings.feature, run)
         good = np.setdiff1d(np.arange(len(images)), list(bad))
         assert images.labels is not None

@@ -129,7 +129,7 @@ def extract(
             for group in by_shape([item for _, item in good]):
                 rows = [good[i][0] for i in group]
                 pooled = pool(model, torch.stack([good[i][1] for i in group]))
-                found.cls[rows], found.mean[rows] = pooled.cls.cpu(), pooled.mean.cpu()
+                found.cls[rows], found.mean[rows] = pooled.cls.float().cpu(), pooled.mean.float().cpu()
             advance(len(batch))
     return found, bad
 

@@ -41,14 +41,14 @@ class Probe:
     rates: Literal["paper", "code"] = "paper"
     """The grid of learning rates: the paper's, or the released code's, which grow with the batch."""
     steps: int = 12_500
-    """Steps of stochastic gradient descent."""
+    """Steps of stochastic gradient descent. The default is the paper's, for ImageNet; 500 do for some hundred images."""
     train_batch: int = 1024
     """Images per step. A small set comes several times in a batch."""
     blocks: tuple[int, ...] = (1, 4)
     """Last blocks whose class tokens a head sees: heads are trained for every one of these numbers."""
     crops: Literal["random", "centre"] = "random"
-    """Training images: a fresh random-resized crop at every visit, the paper's way; or the centre crop, whose features
-    are computed once: minutes instead of hours, and a little less accurate."""
+    """Training images: a fresh random-resized crop at every visit, the paper's way, which takes days on a CPU; or the
+    centre crop, whose features are computed once: much faster, and a little less accurate."""
     size: int = 224
     """Side of the crops in pixels, a multiple of the patch."""
     probe_seed: int = 0

@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 from imagecorruptions import corrupt
+from numpy.typing import NDArray
 
 KINDS = (
     *("gaussian_noise", "speckle_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "fog"),
@@ -22,7 +23,7 @@ KINDS = (
 )
 
 
-def image(side=224):
+def image(side: int = 224) -> NDArray[np.uint8]:
     """Waves of different directions in three colours, a disk and squares with sharp edges, uint8 `[H, W, 3]`."""
     y, x = np.mgrid[:side, :side].astype(np.float64)
     waves = [np.sin(x / 9 + y / 23), np.sin(x / 31 - y / 7), np.cos((x - 60) * (y - 90) / 900)]
@@ -30,7 +31,8 @@ def image(side=224):
     pixels[(x - 150) ** 2 + (y - 70) ** 2 < 1600] = [250, 240, 20]
     pixels[(x // 8 + y // 8) % 2 * (y > 180) > 0] = [5, 5, 5]
     pixels[(x < 40) & (y > 150)] = [128, 128, 128]
-    return np.floor(pixels).astype(np.uint8)
+    found: NDArray[np.uint8] = np.floor(pixels).astype(np.uint8)
+    return found
 
 
 if __name__ == "__main__":
@@ -39,4 +41,4 @@ if __name__ == "__main__":
         for severity in (1, 3, 5):
             np.random.seed(7)  # noqa: NPY002 (it is what the package draws from)
             found[f"{kind}-{severity}"] = corrupt(image(), corruption_name=kind, severity=severity)[1::5, 2::4]
-    np.savez_compressed(sys.argv[1], **found)
+    np.savez_compressed(sys.argv[1], **found)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Prints the tables of docs/evaluate.md: the paper's numbers, each with the command that measures it.
 
-    python benchmarks/paper_tables.py
+python benchmarks/paper_tables.py
 """
 
 from opsin.evaluate.published import tables

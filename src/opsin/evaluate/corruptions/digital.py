@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from opsin.data.decode import decode
 from opsin.evaluate.corruptions.filters import gaussian
 
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -81,14 +80,14 @@ def jpeg_compression(images: Tensor, severity: int) -> Tensor:
 def recompressed(images: Tensor, quality: int) -> Tensor:
     """uint8 `[B, 3, H, W]` after a round through JPEG of a quality, on the CPU, back on its device."""
 
-    def again(image: Tensor) -> Tensor:
+    def again(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         file = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-        return decode(file.getvalue(), channels=3)
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        return np.array(Image.open(file))
 
     with ThreadPoolExecutor(min(THREADS, len(images))) as pool:
-        found = list(pool.map(again, images.cpu()))
-    return torch.stack(found).to(images.device)
+        found = np.stack(list(pool.map(again, images.permute(0, 2, 3, 1).contiguous().cpu().numpy())))
+    return torch.from_numpy(found).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 
 def elastic_transform(images: Tensor, severity: int, corners: Tensor, chance: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -178,6 +177,8 @@ def side_by_side(image: Tensor, target: Tensor, prediction: Tensor) -> NDArray[n
 
     Both depths `[h, w]` have one colour map, from near (dark) to far (light); what is unknown is black.
     """
+    from matplotlib import colormaps  # here: it takes a tenth of a second, and the command line must start
+
     height = min(HEIGHT, target.shape[0])
     size = height, max(round(target.shape[1] * height / target.shape[0]), 1)
     target, prediction = nearest(target, size), stretched(prediction[None], size)[0]

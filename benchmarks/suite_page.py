@@ -76,7 +76,7 @@ def suite(folder: Path, first: Path, second: Path, size: int) -> dict[str, Any]:
             {"task": "linear", "data": photos, "probe": probe},
             {"task": "logreg", "data": photos, "size": size, "values": 12},
             {
-                "task": "robustness", "data": photos, "size": size, "severities": [1, 3, 5], "probe": probe,
+                "task": "robustness", "data": photos, "severities": [1, 3, 5], "probe": probe,
                 "corruptions": ["gaussian_noise", "defocus_blur", "contrast", "jpeg_compression"],
             },
             {"task": "retrieval", "data": photos, "size": size},

@@ -74,7 +74,7 @@ def test_classifiers_on_digits(weights, digits, tmp_path, capsys):
     found = evaluate("logreg", tmp_path, "--weights", w, "--data", digits, "--size", 28, "--values", 4)
     assert found["metrics"]["accuracy"] > 0.5
     assert len(list((tmp_path / "kept").glob("features-*"))) == 4  # train and test, of two preparations
-    hard = ["--size", 28, "--corruptions", "contrast", "--severities", 1, 5, *probe]
+    hard = ["--corruptions", "contrast", "--severities", 1, 5, *probe]
     found = evaluate("robustness", tmp_path, "--weights", w, "--data", digits, *hard)
     assert found["metrics"]["accuracy"] > 0.4
     assert found["metrics"]["corruption_error"] > 1 - found["metrics"]["accuracy"]  # digits of almost no contrast

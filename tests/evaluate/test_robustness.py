@@ -14,6 +14,7 @@ from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mea
 from opsin.evaluate.dense import normalised
 from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import pool
+from opsin.evaluate.probe import Probe
 from opsin.evaluate.robustness import Robustness, crop, robustness
 from opsin.evaluate.sets import own
 from opsin.evaluate.task import Run
@@ -46,7 +47,7 @@ def head(tmp_path):
 
 
 def settings_in(folders, head, **options):
-    options = {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5), "size": 32} | options
+    options = {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5), "probe": Probe(size=32)} | options
     return Robustness(data=str(folders / "train"), test_data=str(folders / "test"), head=head, **options)
 
 

@@ -63,8 +63,6 @@ class Robustness:
     """Share of every class that is held out for the test without `test_data`."""
     seed: int = 0
     """Of that choice, and of what is random in corruptions."""
-    size: int = 224
-    """Side of the crop that is corrupted, in pixels, a multiple of the patch; the published strengths are for 224."""
     head: Path | None = None
     """Measure this head instead of training one: a file of `opsin evaluate linear`, or one of the official release."""
     tests: tuple[str, ...] = ()
@@ -77,10 +75,11 @@ class Robustness:
     stored_as: Stored = "jpeg85"
     """Corrupted images go through JPEG of quality 85 as in the published set, or stay as they are ("png")."""
     probe: Probe = field(default_factory=Probe)
-    """How the head is trained."""
+    """How the head is trained. Its size is that of the crop that is corrupted, too; the published strengths are for
+    224."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), size=(1, FINITE), severities=(1, 5))
+        within(self, "--", seed=(0, FINITE), severities=(1, 5))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
         if not self.severities or len(set(self.severities)) < len(self.severities):
@@ -190,8 +189,8 @@ def _made(
                 changed = images if clean else applied(images, kind, severity, draws, settings.stored_as)
                 yield (kind, severity), normalised(changed)
 
-    facts = {"stored_as": settings.stored_as, "seed": settings.seed}
-    return _kept(model, head, test, conditions, lambda image: crop(image, settings.size), seen, settings, run, facts)
+    facts, size = {"stored_as": settings.stored_as, "seed": settings.seed}, settings.probe.size
+    return _kept(model, head, test, conditions, lambda image: crop(image, size), seen, settings, run, facts)
 
 
 def _read(
@@ -214,7 +213,7 @@ def _read(
             yield wanted[0], images
 
         def prepare(image: Tensor) -> Tensor:
-            return evaluation_transform(image, settings.size, settings.size)
+            return evaluation_transform(image, settings.probe.size, settings.probe.size)
 
         errors |= _kept(model, head, images, [condition], prepare, seen, settings, run, {"stored_as": "distributed"})
     return errors
@@ -250,7 +249,7 @@ def _kept(
     facts |= {"weights": model.digest, "head": digest.hexdigest(), "images": images.fingerprint, "part": PART}
     # Labels are not among the images' fingerprint: the split of one's own images decides both, a reader may not.
     assert images.labels is not None
-    facts |= {"labels": hashlib.sha256(images.labels.tobytes()).hexdigest(), "size": settings.size}
+    facts |= {"labels": hashlib.sha256(images.labels.tobytes()).hexdigest(), "size": settings.probe.size}
     folder = place(run.cache, "corrupted", **facts)
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
     files = [folder / f"{part.start}.json" for part in parts]

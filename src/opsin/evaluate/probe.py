@@ -41,7 +41,7 @@ class Probe:
     rates: Literal["paper", "code"] = "paper"
     """The grid of learning rates: the paper's, or the released code's, which grow with the batch."""
     steps: int = 12_500
-    """Steps of stochastic gradient descent. The default is the paper's, for ImageNet; 500 do for some hundred images."""
+    """Steps of stochastic gradient descent. The default is the paper's, for ImageNet; 500 do for a few hundred."""
     train_batch: int = 1024
     """Images per step. A small set comes several times in a batch."""
     blocks: tuple[int, ...] = (1, 4)

@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,3 +203,24 @@ def test_results_are_used_as_soon_as_their_turn_comes():
 
     in_order(coming(), used.append)
     assert len(used) == 4
+
+
+def test_an_interruption_silences_daft(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    answers = ENGINE.run("squares", Square(tmp_path), [{"number": i} for i in range(3)])
+    next(answers)
+    with pytest.raises(KeyboardInterrupt):
+        answers.throw(KeyboardInterrupt)
+    sys.unraisablehook(stream_of("/site-packages/daft/execution/native_executor.py"))
+    sys.unraisablehook(stream_of("/site-packages/other/runner.py"))
+    sys.unraisablehook(SimpleNamespace(object=len))
+    assert [getattr(one.object, "__name__", None) for one in said] == ["stream", "len"]
+    assert said[0].object.ag_code.co_filename.endswith("other/runner.py")
+
+
+def stream_of(place):
+    """What Python tells its hook of a generator of that file which it could not end."""
+    scope = {}
+    exec(compile("async def stream():\n    yield 1\n", place, "exec"), scope)
+    return SimpleNamespace(object=scope["stream"]())

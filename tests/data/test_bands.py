@@ -41,6 +41,15 @@ def tiff(array, **options):
     return buffer.getvalue()
 
 
+def pages(array, byteorder="<", bigtiff=False):
+    """A page per band, one by one: tifffile takes a last side of 1 for samples if it is given all of them at once."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, byteorder=byteorder, bigtiff=bigtiff) as writer:
+        for band in array:
+            writer.write(band, photometric="minisblack")
+    return buffer.getvalue()
+
+
 def interleaved(array, **options):
     return tiff(array.transpose(1, 2, 0), planarconfig="contig", **options)
 
@@ -73,14 +82,14 @@ FORMS = {
     "npy, bands last": lambda a: npy(np.ascontiguousarray(a.transpose(1, 2, 0))),
     "npy, Fortran": lambda a: npy(np.asfortranarray(a)),
     "npy, big-endian": lambda a: npy(a.astype(a.dtype.newbyteorder(">"))),
-    "pages": tiff,
+    "pages": pages,
     "planar": planar,
     "interleaved": interleaved,
     "planar in strips": lambda a: planar(a, rowsperstrip=3),
     "tiles, deflate": lambda a: interleaved(a, tile=(16, 16), compression="deflate", predictor=True),
     "planar tiles, zstd": lambda a: planar(a, tile=(16, 16), compression="zstd"),
     "LZW": lambda a: interleaved(a, compression="lzw"),
-    "big-endian BigTIFF": lambda a: tiff(a, byteorder=">", bigtiff=True),
+    "big-endian BigTIFF": lambda a: pages(a, byteorder=">", bigtiff=True),
     "ImageJ": lambda a: tiff(a, imagej=True),
 }
 

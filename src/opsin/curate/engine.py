@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 from uuid import uuid4
@@ -110,6 +112,9 @@ class Engine:
                     for _ in answers:
                         pass
                 raise
+            except (KeyboardInterrupt, SystemExit):
+                sys.unraisablehook = _without_daft(sys.unraisablehook)
+                raise
 
 
 _given_up: set[str] = set()
@@ -150,6 +155,19 @@ def terminated_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _without_daft(before: Callable[..., object]) -> Callable[..., object]:
+    """A hook for exceptions that nobody can catch, which passes over those of Daft's coroutines: a signal may leave one
+    half done, whose clean-up then finds no event loop, and Python would print a traceback of that.
+    """
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "ag_code", None)
+        if code is None or "daft" not in Path(code.co_filename).parts:
+            before(unraisable)
+
+    return hook
 
 
 def _daft(runner: Runner) -> Any:

@@ -108,6 +108,8 @@ def test_noise_has_the_published_mean_and_deviation(severity):
     for value in (0, 255):
         assert (salted == value).double().mean().item() == pytest.approx(share, rel=0.05)
     assert ((salted == 128) | (salted == 0) | (salted == 255)).all()
+    weakest = corrupt(grey, "impulse_noise", 1, 0, index)
+    assert torch.equal(salted[weakest != 128], weakest[weakest != 128])  # an image only gets worse
     spread = noise.speckle_noise(flat(40).float(), severity, drawn("speckle_noise", 0, index, SIDE, SIDE)[0]).std()
     assert spread.item() == pytest.approx(40 * noise.SPECKLE[severity - 1], rel=0.01)
 

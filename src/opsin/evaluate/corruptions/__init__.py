@@ -60,7 +60,7 @@ def _fog(generator: torch.Generator, height: int, width: int) -> Draws:
 _TABLE = {
     "gaussian_noise": Kind(noise.gaussian_noise, _normal(3)),
     "shot_noise": Kind(noise.shot_noise, _uniform(3, field=True)),
-    "impulse_noise": Kind(noise.impulse_noise, _both(_uniform(3, field=True), _uniform(3, field=True))),
+    "impulse_noise": Kind(noise.impulse_noise, _uniform(3, field=True)),
     "defocus_blur": Kind(blur.defocus_blur),
     "glass_blur": Kind(blur.glass_blur, _uniform(blur.PASSES, 2, field=True)),
     "motion_blur": Kind(blur.motion_blur, _uniform(1)),

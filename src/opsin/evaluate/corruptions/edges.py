@@ -46,15 +46,14 @@ def edges(images: Tensor, low: float, high: float) -> Tensor:
 def distance_to(marked: Tensor, most: int) -> Tensor:
     """Distance in pixels of every pixel to the nearest marked one `[B, 1, H, W]`, `most` at most."""
     height, width = marked.shape[-2:]
-    far = float((most + 1) ** 2)
-    squares = torch.where(marked, 0.0, far)
-    across = F.pad(squares, [most, most, 0, 0], value=far)
-    nearest = squares
+    column = torch.arange(width, device=marked.device, dtype=torch.float32)
+    left = torch.where(marked, column, -torch.inf).cummax(-1).values  # the last marked one of the row so far
+    right = torch.where(marked, column, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    across = torch.minimum(column - left, right - column).clamp_max(most + 1).square()
+    padded = F.pad(across, [0, 0, most, most], value=float((most + 1) ** 2))
+    nearest = across
     for step in range(-most, most + 1):
-        nearest = torch.minimum(nearest, across[..., most + step : most + step + width] + step**2)
-    down = F.pad(nearest, [0, 0, most, most], value=far)
-    for step in range(-most, most + 1):
-        nearest = torch.minimum(nearest, down[..., most + step : most + step + height, :] + step**2)
+        nearest = torch.minimum(nearest, padded[..., most + step : most + step + height, :] + step**2)
     return nearest.sqrt().clamp_max(most)
 
 

@@ -32,9 +32,10 @@ def speckle_noise(images: Tensor, severity: int, normal: Tensor) -> Tensor:
     return images + images * normal * SPECKLE[severity - 1]
 
 
-def impulse_noise(images: Tensor, severity: int, chance: Tensor, white: Tensor) -> Tensor:
-    """Salt where `chance` (uniform, `[B, 3, H, W]`) is low and `white` (uniform) below a half, else pepper."""
-    return torch.where(chance < IMPULSE[severity - 1], (white < 0.5).float() * 255, images)
+def impulse_noise(images: Tensor, severity: int, chance: Tensor) -> Tensor:
+    """Salt where `chance` (uniform, `[B, 3, H, W]`) is low, pepper where it is high: each in half of the share."""
+    half = IMPULSE[severity - 1] / 2
+    return torch.where(chance < half, 255.0, torch.where(chance >= 1 - half, 0.0, images))
 
 
 def shot_noise(images: Tensor, severity: int, chance: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint bench clean
+.PHONY: quickstart test test-all lint bench debian clean
 
 quickstart: $(VENV)/.quickstart
 	@echo "== Training a small backbone on photos that came with the packages (a few minutes) =="
@@ -39,8 +39,19 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/probes_linear.py
 	$(BIN)/python benchmarks/corruptions.py
 
+# Real files for some tests, which skip themselves without: stereo, clips, VOC's masks. For Debian and what comes of it.
+debian: .debian/.done
+
+.debian/.done:
+	rm -rf .debian
+	mkdir -p .debian
+	cd .debian && apt-get -o Acquire::Retries=3 download python3-skimage labelme-examples opencv-doc
+	cd .debian && for package in *.deb; do dpkg-deb -x $$package . || exit 1; done
+	rm .debian/*.deb
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .debian .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@echo "== Creating $(VENV) =="

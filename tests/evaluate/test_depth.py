@@ -401,6 +401,7 @@ def test_settings_lead_to_heads_of_their_own(model, tiles):
         ({"crop": (0, 3)}, r"--crop is \(0, 3\)"),
         ({"disparity": True}, "give both --disparity and --focal-times-baseline"),
         ({"focal_times_baseline": 3.0}, "give both --disparity and --focal-times-baseline"),
+        ({"disparity_offset": 3.0}, "--disparity-offset is of disparity"),
         ({"size": (48, 64), "crop": (64, 48)}, "is larger than --size"),
         ({"head": "a", "save_head": "b"}, "with --head nothing is trained"),
     ],

@@ -69,6 +69,8 @@ class Depth:
     """One's own maps hold the disparity of a stereo camera, from which depth = focal length × baseline / disparity."""
     focal_times_baseline: float | None = None
     """For disparity: focal length in pixels times baseline in metres."""
+    disparity_offset: float = 0.0
+    """For disparity: pixels added to it before, for cameras whose centres are apart (`doffs` in Middlebury's files)."""
     head_kind: HeadKind = "linear1"
     """The head that is trained: linear on the last block, linear on four blocks, or the DPT decoder."""
     head: Path | None = None
@@ -107,7 +109,7 @@ class Depth:
         within(
             self, "--", test_fraction=(1e-9, 1 - 1e-9), scale=(1e-9, FINITE), min_depth=(1e-9, FINITE),
             steps=(1, FINITE), images_per_step=(1, FINITE), rate=(0, FINITE), weight_decay=(0, FINITE),
-            gradient_weight=(0, FINITE), seed=(0, FINITE),
+            gradient_weight=(0, FINITE), seed=(0, FINITE), disparity_offset=(0, FINITE),
         )  # fmt: skip
         for name in ("max_depth", "focal_times_baseline", "size", "crop", "warmup_steps"):
             if getattr(self, name) is not None:
@@ -118,6 +120,8 @@ class Depth:
                 "disparity becomes depth by the focal length (pixels) times the baseline (metres): give both "
                 "--disparity and --focal-times-baseline."
             )
+        if self.disparity_offset and not self.disparity:
+            raise OpsinError("--disparity-offset is of disparity, which --disparity says: give both, or neither.")
         if self.size and self.crop and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
             raise OpsinError(f"--crop {self.crop} is larger than --size {self.size}: give a smaller crop.")
         if self.head and self.save_head:
@@ -201,7 +205,7 @@ def _given(model: Model, settings: Depth, data: str, depths: Path | None, option
             raise OpsinError(f"{data} has images only: give {option} the folder of their depth maps.")
         found = pairs(
             Path(path), depths, scale=settings.scale, disparity=settings.disparity,
-            focal_times_baseline=settings.focal_times_baseline,
+            focal_times_baseline=settings.focal_times_baseline, disparity_offset=settings.disparity_offset,
         )  # fmt: skip
         protocol = Protocol(max_depth=10.0, size=(480, 640))
     else:

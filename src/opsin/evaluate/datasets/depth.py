@@ -70,6 +70,7 @@ def pairs(
     scale: float = 1.0,
     disparity: bool = False,
     focal_times_baseline: float | None = None,
+    disparity_offset: float = 0.0,
 ) -> PairSet:
     """Images and depth maps in two folders, paired by their names but for the ending.
 
@@ -79,21 +80,25 @@ def pairs(
         scale: units of the files per metre (1000 for millimetres); for disparity, per pixel.
         disparity: the files hold the disparity of a stereo camera.
         focal_times_baseline: metres × pixels, by which disparity becomes depth.
+        disparity_offset: pixels that are added to disparity before.
 
     Raises:
         OpsinError: a folder is missing, or files have no partner.
     """
     photos, maps = matched(images, depths, IMAGES, DEPTHS)
-    read = _reader(scale, disparity, focal_times_baseline)
-    return _paired(shown(images), photos, maps, read, f"{scale} {disparity} {focal_times_baseline}")
+    read = _reader(scale, disparity, focal_times_baseline, disparity_offset)
+    key = f"{scale} {disparity} {focal_times_baseline} {disparity_offset}"
+    return _paired(shown(images), photos, maps, read, key)
 
 
-def _reader(scale: float, disparity: bool, focal_times_baseline: float | None) -> Callable[[Path], Tensor]:
+def _reader(
+    scale: float, disparity: bool, focal_times_baseline: float | None, offset: float
+) -> Callable[[Path], Tensor]:
     def read(path: Path) -> Tensor:
         values = read_depth(path, scale, bytes_too=disparity)
         if not disparity or focal_times_baseline is None:
             return values
-        return torch.where(values > 0, focal_times_baseline / values, 0.0)
+        return torch.where(values > 0, focal_times_baseline / (values + offset), 0.0)
 
     return read
 

@@ -49,12 +49,6 @@ def panned(photo, frames, side=48):
     return np.stack([photo[100 : 100 + side, x : x + side] for x in steps])
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
-
-
 def run_in(tmp_path, **options):
     return Run(batch_size=16, workers=2, cache=tmp_path / "kept", progress=False, **options)
 

@@ -12,19 +12,11 @@ from photo_groups import crops, photographs, write_groups
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate import ranking
 from opsin.evaluate.copydetection import Copies, copies, read_copydays, read_pairs
-from opsin.evaluate.model import wrap
 from opsin.evaluate.sets import own
 from opsin.evaluate.task import Run
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
 
 
 @pytest.fixture

@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate import fairness as fairness_module
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.fairness import Fairness, associated, fairness, read_label_groups, top_hits
-from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import pool
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.sets import ImageSet
@@ -25,12 +23,6 @@ from opsin.evaluate.task import Run
 from opsin.evaluate.transforms import Centre
 
 PROBE = Probe(steps=120, train_batch=64, blocks=(1,), crops="centre", size=16)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
 
 
 def run_in(tmp_path):

@@ -7,16 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
+from small import small, write_digits
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate import finetune as tuning
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.finetune import Finetune, Tuned, depth_of, finetune, groups, merged, mixed, trainable
-from opsin.evaluate.model import open_model, wrap
+from opsin.evaluate.model import open_model
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.task import Run
 from opsin.evaluate.training import train as training
@@ -30,19 +28,12 @@ def short_linear(monkeypatch):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(5)  # another than the settings' seed, from which fresh weights would be the same
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
+    return small(seed=5)  # another than the settings' seed, from which fresh weights would be the same
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
-    for label in range(3):
-        (folder / f"digit{label}").mkdir()
-        for number, picture in enumerate(found.images[found.target == label][:8]):
-            pixels = np.kron(np.uint8(picture * 15), np.ones((2, 2), np.uint8))
-            Image.fromarray(pixels).convert("RGB").save(folder / f"digit{label}" / f"{number:02}.png")
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits"), classes=3, each=8)
 
 
 @pytest.fixture

@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from small import write_digits
 from torch import nn
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate.classifier import inputs, load
 from opsin.evaluate.heads import Heads, Kind, rows_of
 from opsin.evaluate.linear import Linear, linear
-from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import Pooled, features
 from opsin.evaluate.probe import CODE_RATES, PAPER_RATES, Probe, cosine, fit, fit_pooled
 from opsin.evaluate.sets import ImageSet, train_and_test
@@ -31,21 +28,8 @@ QUICK = Probe(steps=60, train_batch=64, crops="centre", size=16)
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
-
-
-@pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Scikit-learn's digits as files, 12 of each of four classes."""
-    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
-    for label in range(4):
-        (folder / f"digit{label}").mkdir()
-        for number, picture in enumerate(found.images[found.target == label][:12]):
-            pixels = np.kron(np.uint8(picture * 15), np.ones((2, 2), np.uint8))
-            Image.fromarray(pixels).convert("RGB").save(folder / f"digit{label}" / f"{number:02}.png")
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits"), classes=4, each=12)
 
 
 @pytest.fixture

@@ -5,25 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate import robustness as task
 from opsin.evaluate.classifier import Classifier, save
 from opsin.evaluate.corruptions import KINDS, corrupt
 from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
 from opsin.evaluate.dense import normalised
-from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import pool
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.robustness import Robustness, crop, robustness
 from opsin.evaluate.sets import own
 from opsin.evaluate.task import Run
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
 
 
 @pytest.fixture

@@ -24,12 +24,6 @@ from opsin.evaluate.task import Run
 SMALL = {"crop": 32, "shorter": 40, "steps": 4, "train_batch": 2}
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
-
-
 def run_in(tmp_path, name="kept"):
     return Run(batch_size=3, workers=2, cache=tmp_path / name, progress=False)
 

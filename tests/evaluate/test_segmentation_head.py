@@ -6,16 +6,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
-from opsin.evaluate.model import wrap
 from opsin.evaluate.segmentation_head import IGNORED, SegmentationHead, load_head, pixel_loss, save_head, stretched
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
 
 
 def released(path, channels, classes, seed=0):

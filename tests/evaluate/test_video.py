@@ -10,12 +10,10 @@ import skimage.data
 import torch
 from PIL import Image
 
-from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate import video as video_module
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.clips import centres, read_clip
-from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import Pooled, pool
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.task import Run
@@ -23,12 +21,6 @@ from opsin.evaluate.transforms import Centre
 from opsin.evaluate.video import Video, video
 
 PROBE = Probe(steps=80, train_batch=32, blocks=(1,), size=16)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return wrap(VisionTransformer(Architecture(width=24, depth=4, heads=2, patch=8, grid=2, layerscale=0.1)))
 
 
 def run_in(tmp_path):

@@ -135,6 +135,7 @@ def box(mask):
 
 def test_crops_are_the_fields_boxes():
     assert box(to_measure(torch.ones(480, 640), "eigen", 1e-3, 10)) == (45, 471, 41, 601)
+    assert box(to_measure(torch.ones(441, 591), "sun", 1e-3, 10)) == (45, 441, 41, 591)
     # 352 × 0.40810811 = 143.65, 352 × 0.99189189 = 349.15, 1216 × 0.03594771 = 43.71, 1216 × 0.96405229 = 1172.29
     assert box(to_measure(torch.ones(352, 1216), "garg", 1e-3, 80)) == (143, 349, 43, 1172)
     assert box(to_measure(torch.ones(5, 6), "all", 1e-3, 80)) == (0, 5, 0, 6)

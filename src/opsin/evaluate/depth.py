@@ -1,8 +1,9 @@
 """Depth from frozen features: a head is trained on images with depth, and measured as the paper's Table 11 does.
 
-Protocol: section 7.4 of the paper and the configurations that came with the released heads. AdamW at 1e-4 with weight
-decay 0.01 for 38,400 steps of 16 images; the rate rises over the first third, times a cosine over all; gradients are
-clipped to a norm of 35. Seen beside that, and not done here: the first beta of AdamW on a cycle (0.95, 0.85, 0.95).
+Protocol: section 7.4 of the paper, and the configurations of the released heads and the toolbox that ran them. AdamW at
+1e-4 with weight decay 0.01 for 38,400 steps of 16 images; the rate rises over the first third, times a cosine over all;
+gradients are clipped to a norm of 35. Seen beside that, and not done here: the first beta of AdamW on a cycle (0.95,
+0.85, 0.95).
 """
 
 import functools
@@ -82,11 +83,13 @@ class Depth:
     max_depth: float | None = None
     """Metres; more is neither predicted nor measured. By default 10 for NYU, SUN RGB-D and one's own, 80 for KITTI."""
     size: tuple[int, int] | None = None
-    """Height and width to which images are stretched. By default 480 640 for SUN RGB-D and one's own, others stay."""
+    """Height and width to which images are stretched. By default 480 640 for one's own, and 640 480 for SUN RGB-D,
+    which is how the published figures came about; others stay."""
     crop: tuple[int, int] | None = None
     """Height and width of training crops. By default 416 544 for NYU, 352 704 for KITTI, and none for one's own."""
     area: Area | None = None
-    """Part of an image that is measured. By default Eigen's crop for NYU, Garg's for KITTI, all of others."""
+    """Part of an image that is measured. By default Eigen's crop for NYU and SUN RGB-D, Garg's for KITTI, all of one's
+    own."""
     flip: bool = True
     """Average the predictions for an image and its mirror image."""
     steps: int = 38_400
@@ -361,7 +364,10 @@ def _measured(model: Model, head: DepthHead, given: Given, settings: Depth, run:
                     if not valid.any():
                         found.left_out[index] = "no depth within the range and the measured area is known"
                         continue
-                    found.images[index] = measures(one[valid], target[valid])
+                    seen, wanted = one[valid], target[valid]
+                    if protocol.cap is not None:
+                        seen, wanted = seen.clamp_max(protocol.cap), wanted.clamp_max(protocol.cap)
+                    found.images[index] = measures(seen, wanted)
                     if index in looked_at:
                         title = f"{given.pairs.images.name(index)}: RMSE {found.images[index]['rmse']:.3f} m"
                         found.pictures[index] = Picture(title, side_by_side(image, target, one))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from opsin.errors import OpsinError
 
-Area = Literal["all", "eigen", "garg"]
-"""The part of an image that is measured: all of it, or the crop of Eigen et al. (NYU) or Garg et al. (KITTI)."""
+Area = Literal["all", "eigen", "garg", "sun"]
+"""The part of an image that is measured: all of it, the crop of Eigen et al. (NYU) or Garg et al. (KITTI), or the rows
+and columns of Eigen's crop in depth maps of any size, as published for SUN RGB-D."""
 EPSILON = 1e-3
 """Metres that are added before the logarithm, in losses."""
 MEAN_WEIGHT = 0.15
@@ -85,13 +86,14 @@ def grouped(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target
 def measured_area(area: Area, height: int, width: int) -> tuple[slice, slice]:
     """Rows and columns that are measured, of a target of this size.
 
-    Eigen's are rows 45 to 470 and columns 41 to 600 of 480×640; Garg's are shares of the size, rounded down.
+    Eigen's are rows 45 to 470 and columns 41 to 600 of 480×640, and for "sun" the same of any size; Garg's are shares
+    of the size, rounded down.
 
     Raises:
         OpsinError: Eigen's crop of another size.
     """
-    if area == "eigen":
-        if (height, width) != (480, 640):
+    if area in ("eigen", "sun"):
+        if area == "eigen" and (height, width) != (480, 640):
             raise OpsinError(
                 f"Eigen's crop is of depth maps of 480×640, and here is one of {height}×{width}: give --area all."
             )

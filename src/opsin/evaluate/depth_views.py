@@ -45,6 +45,8 @@ class Protocol:
     """Height and width of the crop, at a random place, on which a head is trained; None trains on the whole."""
     area: Area = "all"
     """What is measured."""
+    cap: float | None = None
+    """Metres to which known and predicted depths above are lowered before they are compared; None leaves them."""
     brightness: float = 0.25
     """Training images become darker or brighter by this share at most."""
 

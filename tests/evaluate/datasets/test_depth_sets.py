@@ -1,8 +1,9 @@
 """Readers of depth sets on miniatures with the true layouts: the right pairs, in metres, and what is missing."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -76,25 +77,29 @@ def test_nyu_says_what_is_missing(tmp_path):
 
 def test_the_official_file_of_nyu(tmp_path):
     path = tmp_path / "nyu_depth_v2_labeled.mat"
-    if importlib.util.find_spec("h5py") is None:
-        path.write_bytes(b"")
-        with pytest.raises(OpsinError, match="is read with h5py, which is missing: pip install h5py"):
-            read_set("nyu", tmp_path, "test")
-        return
-    import h5py
-
     rng = np.random.default_rng(0)
-    images, depths = rng.integers(0, 256, (4, 3, 8, 6), dtype=np.uint8), rng.uniform(1, 9, (4, 8, 6)).astype("f4")
+    images = rng.integers(1, 256, (4, 3, 640, 480), dtype=np.uint8)
+    depths = rng.uniform(1, 9, (4, 640, 480)).astype("f4")
+    depths[:, 9] = 0  # what the camera did not see
     with h5py.File(path, "w") as file:
-        file["images"], file["depths"] = images, depths
+        file["images"], file["rawDepths"], file["depths"] = images, depths, depths + 1
     with pytest.raises(OpsinError, match=r"there is no .*splits\.mat: take it from the official page"):
         read_set("nyu", tmp_path, "test")
     savemat(tmp_path / "splits.mat", {"testNdxs": [[1], [4]], "trainNdxs": [[2], [3]]})
     test = read_set("nyu", tmp_path, "test")
     assert len(test) == 2
-    assert torch.equal(test.images.read(1), torch.from_numpy(images[3]).transpose(1, 2))
-    assert torch.equal(test.target(1), torch.from_numpy(depths[3]).T)
+    found, wanted = test.images.read(1), torch.from_numpy(images[3]).transpose(1, 2)
+    assert torch.equal(found[:, 7:474, 7:632], wanted[:, 7:474, 7:632])
+    assert int((found.amax(0) > 0).sum()) == 467 * 625  # the frame is black
+    np.testing.assert_allclose(test.target(1), np.floor(depths[3].T * np.float32(1000)) / 1000, rtol=1e-6)
     assert read_set("nyu", tmp_path, "train").images.fingerprint != test.images.fingerprint
+
+
+def test_the_official_file_of_nyu_without_h5py(tmp_path, monkeypatch):
+    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(OpsinError, match=r"is read with h5py, which is missing: pip install 'opsin\[eval\]'"):
+        read_set("nyu", tmp_path, "test")
 
 
 # KITTI
@@ -143,7 +148,7 @@ def sunrgbd(root, millimetres=(1234, 8191, 9500)):
     for i, value in enumerate(millimetres):
         scene = f"SUNRGBD/kv2/kinect2data/00000{i}_2014-05-26"
         write_image(root / scene / "image" / f"{i:07}.jpg", i)
-        write_depth(root / scene / "depth_bfx" / f"{i:07}.png", ((value << 3) | (value >> 13)) & 0xFFFF)
+        write_depth(root / scene / "depth" / f"{i:07}.png", ((value << 3) | (value >> 13)) & 0xFFFF)
         scenes.append(f"/n/fs/sun3d/data/{scene}")
     cells = np.empty((1, len(scenes)), dtype=object)
     cells[0] = scenes
@@ -157,15 +162,13 @@ def test_sunrgbd_by_its_split_with_decoded_millimetres(tmp_path):
     found = read_set("sunrgbd", tmp_path, "test")
     assert first_values(found) == pytest.approx([1.234, 8.191, 9.5])
     assert found.images.name(1).endswith("SUNRGBD/kv2/kinect2data/000001_2014-05-26/image/0000001.jpg")
-    stored = np.array(Image.open(tmp_path / "SUNRGBD/kv2/kinect2data/000000_2014-05-26/depth_bfx/0000000.png"))
-    assert stored[0, 0] / 8000 == 1.234  # the scale of published protocols, the same below 8.192 m
 
 
 def test_sunrgbd_says_what_is_missing(tmp_path):
     with pytest.raises(OpsinError, match=r"allsplit\.mat: take it from SUNRGBD\.zip and SUNRGBDtoolbox\.zip of rgbd"):
         read_set("sunrgbd", tmp_path, "test")
     sunrgbd(tmp_path)
-    next(tmp_path.glob("SUNRGBD/kv2/kinect2data/000001*/depth_bfx/*")).unlink()
+    next(tmp_path.glob("SUNRGBD/kv2/kinect2data/000001*/depth/*")).unlink()
     with pytest.raises(OpsinError, match=r"1 of 3 scenes lack .* such as SUNRGBD/kv2/kinect2data/000001"):
         read_set("sunrgbd", tmp_path, "test")
     with pytest.raises(OpsinError, match="sunrgbd only tests heads, as the paper does: give --data nyu:PATH"):
@@ -186,7 +189,8 @@ def test_protocols_of_published_sets():
         (352, 704),
         "garg",
     )
-    assert (SETS["sunrgbd"].protocol.max_depth, SETS["sunrgbd"].protocol.size) == (10, (480, 640))
+    sun = SETS["sunrgbd"].protocol
+    assert (sun.max_depth, sun.size, sun.area, sun.cap) == (10, (640, 480), "sun", 8)
     with pytest.raises(OpsinError, match="unknown published set 'nyuu': did you mean 'nyu'"):
         read_set("nyuu", Path(), "test")
 

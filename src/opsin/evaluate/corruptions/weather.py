@@ -158,7 +158,7 @@ def spatter(images: Tensor, severity: int, normal: Tensor) -> Tensor:
     if severity > 3:
         mud = gaussian((wet > least).float(), last)
         mud = mud.where(mud >= 0.8, 0)
-        return images * (1 - mud) + (colour * mud).floor()
+        return images * (1 - mud) + colour * mud
     drops = (wet.where(wet >= least, 0) * 255).floor()
     distance = distance_to(edges(drops, 50, 150), DISTANCE)
     shade = equalised(_box(distance).floor())

@@ -222,13 +222,15 @@ def _nyu(root: Path, part: str) -> PairSet:
 
 
 def _nyu_official(path: Path, part: str) -> PairSet:
-    """The 1,449 labelled frames of the official file and the split beside it (795 train, 654 test)."""
+    """The 1,449 labelled frames of the official file and the split beside it (795 train, 654 test).
+
+    As BTS's script extracts them, from which the files of published tables come: raw depth in whole millimetres, not
+    the filled one, and the white frame of the photographs in black.
+    """
     try:
         h5py = importlib.import_module("h5py")
     except ModuleNotFoundError:
-        raise OpsinError(
-            f"{shown(path)} is read with h5py, which is missing: pip install h5py, or take BTS's lists and folders."
-        ) from None
+        raise OpsinError(f"{shown(path)} is read with h5py, which is missing: pip install 'opsin[eval]'.") from None
     splits = _mat(path.with_name("splits.mat"), "the official page of NYU Depth V2")
     key = {"train": "trainNdxs", "test": "testNdxs"}[part]
     chosen = np.asarray(splits[key], dtype=np.int64).ravel() - 1  # MATLAB counts from 1
@@ -237,16 +239,26 @@ def _nyu_official(path: Path, part: str) -> PairSet:
         with h5py.File(path, "r") as file:  # opened for each: a file is not shared by threads
             return np.asarray(file[name][int(chosen[index])])
 
+    def photo(index: int) -> Tensor:
+        pixels = torch.from_numpy(frame("images", index)).transpose(1, 2)  # MATLAB stores columns first: [3, W, H]
+        framed = torch.zeros_like(pixels, memory_format=torch.contiguous_format)
+        framed[:, 7:474, 7:632] = pixels[:, 7:474, 7:632]
+        return framed
+
+    def metres(index: int) -> Tensor:
+        millimetres = (frame("rawDepths", index) * 1000).astype(np.uint16)
+        return torch.from_numpy(millimetres.astype(np.float32) / 1000).T.contiguous()
+
+    facts = f"{digest_of([path])} {chosen.tolist()} rawDepths"
     return PairSet(
         ImageSet(
             where="NYU Depth V2",
             count=len(chosen),
-            # MATLAB stores columns first: [3, W, H] and [W, H] here.
-            open=lambda index: torch.from_numpy(frame("images", index)).transpose(1, 2).contiguous(),
+            open=photo,
             name=lambda index: f"{shown(path)} frame {chosen[index] + 1}",
-            fingerprint=hashlib.sha256(f"{digest_of([path])} {chosen.tolist()}".encode()).hexdigest(),
+            fingerprint=hashlib.sha256(facts.encode()).hexdigest(),
         ),
-        lambda index: torch.from_numpy(frame("depths", index).astype(np.float32)).T.contiguous(),
+        metres,
     )
 
 
@@ -263,8 +275,9 @@ def _kitti(root: Path, part: str) -> PairSet:
 def _sunrgbd(root: Path, part: str) -> PairSet:
     """SUN RGB-D: the official folders and split (5,285 and 5,050 images).
 
-    depth_bfx stores millimetres rotated left by three bits: metres = ((d >> 3) | (d << 13)) / 1000 in 16 bits, as the
-    official toolbox decodes them. Below 8.192 m that is d / 8000, the scale of published protocols.
+    Depth is what the camera saw (`depth`, not the filled `depth_bfx`), as the list of published tables has it. It is
+    stored as millimetres rotated left by three bits: metres = ((d >> 3) | (d << 13)) / 1000 in 16 bits, as the official
+    toolbox decodes them.
     """
     source = SETS["sunrgbd"].source
     where = "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
@@ -273,9 +286,7 @@ def _sunrgbd(root: Path, part: str) -> PairSet:
     photos, maps, missing = [], [], []
     for scene in scenes:
         folder = root / "SUNRGBD" / scene.partition("SUNRGBD/")[2].strip("/")
-        inside = [
-            sorted((folder / kind).glob(f"*{ending}")) for kind, ending in (("image", "jpg"), ("depth_bfx", "png"))
-        ]
+        inside = [sorted((folder / kind).glob(f"*{ending}")) for kind, ending in (("image", "jpg"), ("depth", "png"))]
         if not all(inside):
             missing.append(str(folder.relative_to(root)))
             continue
@@ -283,7 +294,7 @@ def _sunrgbd(root: Path, part: str) -> PairSet:
         maps.append(inside[1][0])
     if missing:
         raise OpsinError(
-            f"{len(missing)} of {len(scenes)} scenes lack image/*.jpg or depth_bfx/*.png in {shown(root)}, such as "
+            f"{len(missing)} of {len(scenes)} scenes lack image/*.jpg or depth/*.png in {shown(root)}, such as "
             f"{', '.join(missing[:EXAMPLES])}: take them from {source}."
         )
 
@@ -294,7 +305,7 @@ def _sunrgbd(root: Path, part: str) -> PairSet:
         stored = stored.astype(np.uint16)
         return torch.from_numpy(((stored >> 3) | (stored << 13)).astype(np.float32) / 1000)
 
-    return _paired("SUN RGB-D", photos, maps, read, "sunrgbd")
+    return _paired("SUN RGB-D", photos, maps, read, "sunrgbd raw")
 
 
 def _mat(path: Path, source: str) -> dict[str, Any]:
@@ -336,7 +347,9 @@ SETS: dict[str, Published] = {
         _sunrgbd,
         "",
         "test",
-        Protocol(max_depth=10.0, size=(480, 640)),
+        # 640 high and 480 wide: the configuration of the released heads gives (480, 640) to a resize that takes the
+        # width first, and so their figures are of images that are stretched to this.
+        Protocol(max_depth=10.0, size=(640, 480), area="sun", cap=8.0),
         "SUNRGBD.zip and SUNRGBDtoolbox.zip of rgbd.cs.princeton.edu",
     ),
 }

@@ -269,3 +269,20 @@ def test_missing_files_and_folders_are_one_sentence(tmp_path):
         read_columns(tmp_path / "none.csv")
     with pytest.raises(OpsinError, match="there is no folder"):
         grouped(tmp_path / "none", write_table(tmp_path / "t.csv", rows_of()), "label")
+
+
+def test_clusters_of_many_images_count_as_those_of_few():
+    # In group a one home of 8 images, all hits, and one of 2, all misses; in b a home of 3 with two hits.
+    hits = np.array([True] * 8 + [False] * 2 + [True, True, False])
+    groups = np.array(["a"] * 10 + ["b"] * 3)
+    clusters = np.array([0] * 8 + [1] * 2 + [2] * 3)
+    options = {"repeats": 20_000, "seed": 0, "smallest": 1}
+    images = by_group(hits, groups, clusters, **options)
+    homes = by_group(hits, groups, clusters, **options, equal_clusters=True)
+    assert (images.groups["a"].value, homes.groups["a"].value) == (0.8, 0.5)
+    assert images.groups["b"].value == homes.groups["b"].value == pytest.approx(2 / 3)
+    assert homes.groups["a"].images == 10
+    assert homes.gap.best == "b"
+    assert images.gap.best == "a"
+    # Draws of three homes hold the first only, the second only, or both in some proportion.
+    assert (homes.groups["a"].low, homes.groups["a"].high) == (0, 1)

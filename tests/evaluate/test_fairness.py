@@ -241,6 +241,14 @@ def test_dollar_street_counts_the_first_five_of_several_classes(model, tmp_path,
         for first, row in zip(scores.topk(5).indices.tolist(), rows, strict=True)
     ]
     assert np.mean(result.outcomes == wanted) > 0.97  # a decoded JPEG may differ by a level
+    homes = {}
+    for row, hit in zip(rows, result.outcomes, strict=True):
+        homes.setdefault((row["region.id"], row["country.name"], row["income"]), []).append(hit)
+    means = [np.mean(hits) for (region, *_), hits in homes.items() if region == "af"]
+    assert result.metrics["accuracy_region_africa"] == pytest.approx(np.mean(means))
+    every = fairness(model, replace(settings, equal_clusters=False), run_in(tmp_path))
+    assert every.metrics["accuracy_region_africa"] == pytest.approx(result.outcomes[:24].mean())
+    assert "each of which counts the same" in result.table.note
     monkeypatch.setattr(fairness_module, "own", lambda _: replace(imagenet, classes=["a"] * 1001))
     with pytest.raises(OpsinError, match="the labels of Dollar Street number 1000 classes, and ImageNet has 1001"):
         fairness(model, settings, run_in(tmp_path))
@@ -334,6 +342,7 @@ def test_wrong_combinations_are_one_sentence(model, photos, tmp_path):
     groups = tmp_path / "g.yaml"
     groups.write_text("drink: [cofee]")
     fails("need a table with their attributes: give --table", table=None)
+    fails("--equal-clusters needs clusters: give --cluster-column", equal_clusters=True)
     fails("dollarstreet brings its own table", data=f"dollarstreet:{tmp_path}")
     fails("dollarstreet only tests: give --train-data imagenet:PATH", data=f"dollarstreet:{tmp_path}", table=None)
     fails("unknown column 'lable': did you mean 'label'", label_column="lable")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +46,28 @@ def settings(digits, **given):
     return Finetune(
         str(digits), test_fraction=0.25, **{"size": 16, "epochs": 2, "train_batch": 9, "rate": 3e-3} | given
     )
+
+
+def test_rates_rise_and_fall_to_what_is_asked_for():
+    own = [tuning.schedule(step, 100, Finetune()) for step in range(100)]
+    assert own[0] == pytest.approx(0.1)
+    assert max(own) == own[9] == pytest.approx((1 + np.cos(np.pi * 0.09)) / 2)
+    assert own[99] < 1e-3
+    assert own[10:] == sorted(own[10:], reverse=True)
+    flat = [tuning.schedule(step, 100, Finetune(warmup=0.25, last_rate=1.0)) for step in range(100)]
+    assert flat[4] == pytest.approx(0.2)
+    assert flat[24:] == [1.0] * 76
+
+
+def test_the_test_crop_can_be_the_whole_width(model, digits, run):
+    finetune(model, settings(digits, epochs=1, shorter=16), run)
+    finetune(model, settings(digits, epochs=1), run)
+    facts = [json.loads(path.read_text()) for path in run.cache.glob("features-*/facts.json")]
+    tuned = sorted(one["transform"] for one in facts if one["weights"] != model.digest)
+    assert tuned == ["centre-16-of-16", "centre-16-of-18"]  # one training, tested in two ways
+    assert len(list(run.cache.glob("finetuned-*"))) == 1
+    with pytest.raises(OpsinError, match="--shorter is 8"):
+        Finetune(size=16, shorter=8)
 
 
 def head(model, classes=3):

@@ -45,7 +45,9 @@ def knn_classify(
     exclude_self: bool = False,
     chunk: int = 1024,
 ) -> dict[int, Tensor]:
-    """Class votes of the nearest neighbours by cosine similarity, in fp32 (Wu et al., 1805.01978, as DINOv2 uses it).
+    """Class votes of the nearest neighbours by cosine similarity, in fp32 (Wu et al., 1805.01978).
+
+    As DINOv2 uses it, where similarities are in half precision.
 
     A neighbour's weight is its share of softmax(similarity / temperature) over the *largest* k; the weights of the
     first k neighbours are then summed per class. So only the votes of the largest k sum to 1.

@@ -235,6 +235,7 @@ def by_group(
     repeats: int,
     seed: int,
     smallest: int,
+    equal_clusters: bool = False,
 ) -> ByGroup:
     """Shares of hits by group, and the gap between the best and the worst, with percentile bootstrap intervals.
 
@@ -250,6 +251,8 @@ def by_group(
         repeats: how often the set is drawn.
         seed: of the draws.
         smallest: images that a group needs to count in the gap; smaller ones are shown only.
+        equal_clusters: a group's share is the mean over its clusters of theirs, so that each counts the same, however
+            many images it has.
     """
     names = np.unique(groups[groups != ""])
     place = np.searchsorted(names, groups)  # of no meaning where the group is ""
@@ -257,8 +260,16 @@ def by_group(
     cell = 2 * place[inside] + hits[inside]  # misses and hits of each group in turn
     kinds = 2 * len(names)
     counts = np.bincount(cell, minlength=kinds)
-    drawn = _drawn(cell, kinds, len(hits), None if clusters is None else clusters[inside], clusters, repeats, seed)
-    values = counts[1::2] / (counts[::2] + counts[1::2])
+    if clusters is None:
+        weights, drawn = counts, _drawn(cell, kinds, len(hits), repeats, seed)
+    else:
+        sums = np.zeros((int(clusters.max()) + 1, kinds))
+        np.add.at(sums, (clusters[inside], cell), 1)
+        if equal_clusters:
+            images = (sums[:, ::2] + sums[:, 1::2]).repeat(2, axis=1)
+            sums = np.divide(sums, images, out=sums, where=images > 0)
+        weights, drawn = sums.sum(0), _drawn_clusters(sums, repeats, seed)
+    values = weights[1::2] / (weights[::2] + weights[1::2])
     with np.errstate(invalid="ignore"):  # a repeat may have no image of a group: it says nothing about that group
         again = drawn[:, 1::2] / (drawn[:, ::2] + drawn[:, 1::2])
     shares = {
@@ -277,24 +288,18 @@ def by_group(
     return ByGroup(shares, Gap(str(names[best]), str(names[worst]), value, low, high, relative))
 
 
-def _drawn(
-    cell: NDArray[np.int64],
-    kinds: int,
-    count: int,
-    inside: NDArray[np.int64] | None,
-    clusters: NDArray[np.int64] | None,
-    repeats: int,
-    seed: int,
-) -> NDArray[np.float64]:
-    """Images of each kind in each repeat, `[repeats, kinds]`."""
-    rng = np.random.default_rng(seed)
-    if clusters is None or inside is None:
-        # Images of a kind are alike, so drawing N images is drawing how many are of each kind: one multinomial.
-        sizes = np.append(np.bincount(cell, minlength=kinds), count - len(cell))
-        return rng.multinomial(count, sizes / count, size=repeats)[:, :-1].astype(np.float64)
-    number = int(clusters.max()) + 1
-    sums = np.zeros((number, kinds))
-    np.add.at(sums, (inside, cell), 1)
+def _drawn(cell: NDArray[np.int64], kinds: int, count: int, repeats: int, seed: int) -> NDArray[np.float64]:
+    """Images of each kind in each repeat, `[repeats, kinds]`, where images are drawn.
+
+    Images of a kind are alike, so drawing N images is drawing how many are of each kind: one multinomial.
+    """
+    sizes = np.append(np.bincount(cell, minlength=kinds), count - len(cell))
+    return np.random.default_rng(seed).multinomial(count, sizes / count, size=repeats)[:, :-1].astype(np.float64)
+
+
+def _drawn_clusters(sums: NDArray[np.float64], repeats: int, seed: int) -> NDArray[np.float64]:
+    """What each kind has in each repeat, `[repeats, kinds]`, where clusters are drawn that have `sums [C, kinds]`."""
+    rng, number = np.random.default_rng(seed), len(sums)
     step = max(1, _CHUNK // number)
     parts = [
         rng.multinomial(number, np.full(number, 1 / number), size=min(step, repeats - start)) @ sums

@@ -1,7 +1,8 @@
 """Accuracy by group of people or places, and labels that groups are given: section 8 of the paper.
 
 The protocol is that of Goyal et al., "Fairness indicators for systematic assessments of visual feature extractors"
-(FAccT 2022), with a linear classifier on the frozen backbone, as in the paper, where they fine-tune.
+(FAccT 2022), with a linear classifier on the frozen backbone, as in the paper, where they fine-tune. Intervals are of
+our own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,9 @@ class Fairness:
     cluster_column: str | None = None
     """Column of what images have in common, such as the household: they train or test together, and intervals are drawn
     by it."""
+    equal_clusters: bool | None = None
+    """A group's share is the mean over its clusters, so that a household of many images counts as one of few. By
+    default for Dollar Street, whose published shares are made so, and for nothing else."""
     train_data: str | None = None
     """Labelled images on which the classifier is trained, a folder per class or NAME:PATH such as imagenet:PATH;
     without it, the rows of the table are split."""
@@ -65,7 +69,7 @@ class Fairness:
     groups: Path | None = None
     """YAML or JSON that names groups of labels, {group: [class, …]}: then it is counted how often images of each group
     of people get a label of each group, instead of accuracy. The paper's grouping of 619 classes of ImageNet-22k is not
-    included."""
+    included: VISSL's repository lists it (label_associations_indicator1.md and the script of Casual Conversations)."""
     threshold: float = 0.1
     """Least probability of a label that counts for a label group."""
     top: int | None = None
@@ -122,6 +126,7 @@ def fairness(model: Model, settings: Fairness, run: Run) -> Result:
                 repeats=settings.repeats,
                 seed=settings.seed,
                 smallest=settings.smallest,
+                equal_clusters=_equal_clusters(settings),
             )
             for name, groups in tested.attributes.items()
         }
@@ -191,6 +196,12 @@ def read_label_groups(path: Path) -> dict[str, list[str]]:
     return {str(group): [str(name) for name in of] for group, of in read.items()}
 
 
+def _equal_clusters(settings: Fairness) -> bool:
+    if settings.equal_clusters is None:
+        return named(settings.data, GROUP_SETS)[0] is not None
+    return settings.equal_clusters
+
+
 def _table(settings: Fairness) -> tuple[Grouped, str, int]:
     """The images, their title, and how many labels of an image count."""
     name, path = named(settings.data, GROUP_SETS)
@@ -204,6 +215,8 @@ def _table(settings: Fairness) -> tuple[Grouped, str, int]:
         raise OpsinError("images of one's own need a table with their attributes: give --table, a CSV or Parquet file.")
     label_column = None if settings.groups else settings.label_column
     columns, cluster = settings.attribute_columns, settings.cluster_column
+    if settings.equal_clusters and cluster is None:
+        raise OpsinError("--equal-clusters needs clusters: give --cluster-column, such as that of the household.")
     table = grouped(Path(path), settings.table, label_column, columns, cluster)
     return table, table.images.where, ASSOCIATED if settings.groups else 1
 
@@ -327,7 +340,8 @@ def _gap(gap: Gap) -> str:
 def _notes(table: Grouped, tested: Grouped, left_out: Sequence[tuple[str, str]], settings: Fairness) -> str:
     notes = [f"{len(tested.images)} images tested; intervals of 95 % from {settings.repeats} repeats."]
     if tested.clusters is not None:
-        notes.append(f"They are drawn by {len(np.unique(tested.clusters))} clusters.")
+        equal = ", each of which counts the same" * _equal_clusters(settings)
+        notes.append(f"They are drawn by {len(np.unique(tested.clusters))} clusters{equal}.")
     for name, values in table.attributes.items():
         if empty := sorted(set(values.tolist()) - set(tested.attributes[name].tolist())):
             notes.append(f"No image tests {name}: {', '.join(empty)}.")

@@ -1,11 +1,15 @@
 """Fine-tuning for classification: what is gained when the backbone learns too, beside the linear head alone.
 
 A linear head on frozen features comes first; fine-tuning starts from it. AdamW with rates that fall from the last block
-to the first, warm-up and cosine, random-resized crops with a flip, mixup or cutmix in every batch, and smoothed labels:
-the recipe of DeiT III (Touvron et al., 2204.07118), which the paper takes, without its repeated views, colour changes
-and stochastic depth.
+to the first, warm-up and cosine, random-resized crops with a flip, mixup or cutmix in every batch, and smoothed labels.
+
+The paper takes the recipe of DeiT III (Touvron et al., 2204.07118), whose published commands share the mixing, the
+smoothing and the 20 epochs, and differ in what options say: one rate of 1e-5 for all layers that stays after 5 epochs
+of warm-up, weight decay 0.1, 512 images per step, tests without a border. Its RandAugment, stochastic depth and fresh
+head are not here, and its gradients are not clipped.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -41,8 +45,6 @@ LINEAR = Probe(steps=2500, blocks=(1,), crops="centre")
 """The linear head that comes first."""
 MIXUP, CUTMIX = 0.8, 1.0
 """Both parameters of the Beta distributions that shares of mixed images are drawn from."""
-WARM_UP = 0.1
-"""Share of the steps in which rates rise."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Finetune:
     """Of that choice, the crops and the mixing."""
     size: int = 224
     """Side of the crops in pixels, a multiple of the patch."""
+    shorter: int | None = None
+    """Shorter side of test images, of which the centre is cropped; by default as 256 is to a crop of 224."""
     epochs: int = 20
     """Passes over the training images."""
     train_batch: int = 256
@@ -68,6 +72,10 @@ class Finetune:
     layer_decay: float = 0.75
     """Each block's rate over the rate of the one after it; after the last comes the head, before the first the patch
     embedding. 1 gives all the same."""
+    warmup: float = 0.1
+    """Share of the steps in which the rates rise."""
+    last_rate: float = 0.0
+    """What the cosine ends at, as a share of `rate`."""
     weight_decay: float = 0.05
     """AdamW's decay of matrices."""
     smoothing: float = 0.1
@@ -84,6 +92,9 @@ class Finetune:
     def __post_init__(self) -> None:
         within(self, "--", seed=(0, FINITE), size=(1, FINITE), epochs=(1, FINITE), train_batch=(1, FINITE))
         within(self, "--", rate=(0, 1e3), layer_decay=(0, 1), weight_decay=(0, 1e3), smoothing=(0, 1), lora=(0, 1e4))
+        within(self, "--", warmup=(0, 1), last_rate=(0, 1))
+        if self.shorter is not None:
+            within(self, "--", shorter=(self.size, FINITE))
         within(self, "--", freeze_backbone_epochs=(0, self.epochs))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
@@ -143,7 +154,8 @@ def finetune(model: Model, settings: Finetune, run: Run) -> Result:
     if settings.save is not None:
         weights.save(backbone, settings.save / "backbone.safetensors")
         save(head, settings.save / "head.safetensors")
-    found = features(wrap(backbone, f"{model.name}, fine-tuned"), test, Centre(settings.size), run)
+    tuned_model = wrap(backbone, f"{model.name}, fine-tuned")
+    found = features(tuned_model, test, Centre(settings.size, settings.shorter), run)
     measured = measure(head, test, found, metric)
     name, _ = named(spec, SETS)
     by_class = zip(train.classes, measured.by_class.tolist(), strict=True)
@@ -171,6 +183,12 @@ def finetune(model: Model, settings: Finetune, run: Run) -> Result:
 def steps_of(settings: Finetune, images: int) -> int:
     """Steps of the training."""
     return max(1, round(settings.epochs * images / settings.train_batch))
+
+
+def schedule(step: int, steps: int, settings: Finetune) -> float:
+    """Factor of the rates: half a cosine from 1 to `last_rate`, times a rise over the first steps."""
+    warm = max(1, round(settings.warmup * steps))
+    return min(1.0, (step + 1) / warm) * (settings.last_rate + (1 - settings.last_rate) * cosine(steps)(step))
 
 
 def depth_of(name: str, depth: int) -> int:
@@ -260,7 +278,7 @@ def _tuned(model: Model, head: Classifier, train: ImageSet, settings: Finetune, 
     torch.manual_seed(settings.seed)  # LoRA's first matrices
     module = Tuned(trainable(model, settings.lora), head).to(model.device)
     steps = steps_of(settings, len(train))
-    facts = {name: value for name, value in asdict(settings).items() if name != "save"}
+    facts = {name: value for name, value in asdict(settings).items() if name not in ("save", "shorter")}
     folder = place(
         run.cache,
         "finetuned",
@@ -273,7 +291,6 @@ def _tuned(model: Model, head: Classifier, train: ImageSet, settings: Finetune, 
     )
     optimiser = torch.optim.AdamW(groups(module, model.arch.depth, settings))
     frozen = round(steps * settings.freeze_backbone_epochs / settings.epochs)
-    fall, warm = cosine(steps), max(1, round(WARM_UP * steps))
 
     def batches(start: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         views = Views(train, settings.size, settings.train_batch, settings.seed).batches(start, steps, run.workers)
@@ -295,7 +312,7 @@ def _tuned(model: Model, head: Classifier, train: ImageSet, settings: Finetune, 
     training(
         module,
         optimiser,
-        lambda step: min(1.0, (step + 1) / warm) * fall(step),
+        functools.partial(schedule, steps=steps, settings=settings),
         batches,
         loss,
         steps,

@@ -56,7 +56,7 @@ def dollarstreet(folder: Path) -> Grouped:
     digits.
 
     The tables name no household. Images with the same country and income are taken to be of one: by these clusters
-    the intervals are drawn.
+    the intervals are drawn, and over them shares are averaged, as the code of Goyal et al. averages over households.
 
     Raises:
         OpsinError: a file is missing, or a table is not of this set.

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs, quote
@@ -165,7 +166,7 @@ class Store:
     def reader(self, name: str) -> io.BufferedReader:
         """The file, to seek and read in: small steps are read ahead, more so where a request takes long."""
         size = self._try(name, lambda: int(self._file(name).size()))
-        return io.BufferedReader(_Ranges(self, name, size), 1 << (13 if self.root.local else 16))
+        return ranged(partial(self.read, name), size, 1 << (13 if self.root.local else 16))
 
     def view(self, name: str, offset: int, length: int) -> pa.Buffer:
         """As `read`, but of a file on this machine the bytes are mapped, not read."""
@@ -220,11 +221,20 @@ class Store:
             )
 
 
-class _Ranges(io.RawIOBase):
-    """A file of a store as Python's readers want it."""
+def ranged(read: Callable[[int, int], bytes], size: int, ahead: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    """What is read by ranges as a file, to seek and read in: a file of a store, a part of another file.
 
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._at = store, name, size, 0
+    Args:
+        read: offset and length → bytes, fewer if it ends before.
+        size: bytes in all.
+        ahead: bytes that are read at once.
+    """
+    return io.BufferedReader(_Ranges(read, size), ahead)
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
 
     def readable(self) -> bool:
         return True
@@ -240,7 +250,7 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, into: Any) -> int:
-        found = self._store.read(self._name, self._at, len(into))
+        found = self._read(self._at, max(0, min(len(into), self._size - self._at)))
         into[: len(found)] = found
         self._at += len(found)
         return len(found)

@@ -4,7 +4,6 @@ A zip has a directory and a tar a header in front of each member, so an image is
 compressed as a whole has to be unpacked, but for small lists, which `packed_file` takes out of it.
 """
 
-import io
 import os
 import struct
 import tarfile
@@ -12,11 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from opsin.data.decode import DecodeError, shown, why
+from opsin.data.files import ranged
 from opsin.data.listing import PACKED, ending
 from opsin.data.pieces import Damage
 from opsin.data.tars import Member, members
@@ -156,11 +156,17 @@ def _tars_of_classes(path: Path, _mtime_ns: int) -> Files:
         tars = [Piece(name, path, at, size) for name, at, size in _places(held) if name.endswith(".tar")]
     pieces: list[Piece] = []
     for name, archive, offset, size, *_ in tars:
-        with archive.open("rb") as file, io.BufferedReader(_Window(file, offset, size)) as inner:
+        with archive.open("rb") as file:
+            inner = ranged(partial(_part, file, offset), size)
             for member in _members(archive, inner, size):
                 piece = _piece(archive, member)
                 pieces.append(piece._replace(name=f"{Path(name).stem}/{piece.name}", offset=offset + piece.offset))
     return _indexed(path, pieces, _read_tar)
+
+
+def _part(file: BinaryIO, start: int, offset: int, length: int) -> bytes:
+    file.seek(start + offset)
+    return file.read(length)
 
 
 def _places(held: Files) -> Iterable[tuple[str, int, int]]:
@@ -242,33 +248,6 @@ def _read_zip(file: BinaryIO, piece: Piece) -> bytes:
     if zlib.crc32(data) != piece.checksum:
         raise ValueError("its checksum in the zip is another")
     return data
-
-
-class _Window(io.RawIOBase):
-    """A part of a file that looks like a file."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, into: Any) -> int:
-        self._file.seek(self._start + self._at)
-        found = self._file.read(max(0, min(len(into), self._size - self._at)))
-        into[: len(found)] = found
-        self._at += len(found)
-        return len(found)
 
 
 def _line(error: Exception) -> str:

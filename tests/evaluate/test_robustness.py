@@ -50,15 +50,39 @@ def run_in(tmp_path, **options):
 def test_errors_are_those_of_each_image_by_itself(model, folders, head, tmp_path):
     result = robustness(model, settings_in(folders, head, stored_as="png"), run_in(tmp_path))
     images, classifier = own(str(folders / "test")), task.load(head, 24, 2)
+    by_image = np.zeros(len(images))
     for kind in ("gaussian_noise", "contrast"):
         for severity in (1, 5):
-            wrong = 0
+            wrong = np.zeros(len(images))
             for i in range(len(images)):
                 seen = corrupt(crop(images.read(i), 32)[None], kind, severity, 0, [i])
-                wrong += int(classifier.logits(pool(model, normalised(seen))).argmax()) != images.labels[i]
-            assert result.details["errors"][kind][severity] == pytest.approx(wrong / len(images))
-    assert list(result.metrics) == ["accuracy", "corruption_error", "degradation"]
+                wrong[i] = int(classifier.logits(pool(model, normalised(seen))).argmax()) != images.labels[i]
+            assert result.details["errors"][kind][severity] == pytest.approx(wrong.mean())
+            by_image += wrong / 4
+    assert list(result.metrics) == ["corruption_error", "accuracy", "degradation"]
+    np.testing.assert_allclose(result.outcomes, by_image)
+    assert result.metrics["corruption_error"] == pytest.approx(by_image.mean())
     assert "no mCE" in result.table.note
+    assert {len(row) for row in result.table.rows} == {len(result.table.headers)} == {4}
+
+
+def test_without_corruptions_the_clean_images_count(model, folders, head, tmp_path):
+    result = robustness(model, settings_in(folders, head, corruptions=("none",)), run_in(tmp_path))
+    assert list(result.metrics) == ["accuracy"]
+    assert result.outcomes.mean() == pytest.approx(result.metrics["accuracy"])
+
+
+def test_images_of_mce_are_weighed_by_kind_as_it_is():
+    rng = np.random.default_rng(0)
+    wrong = {(kind, s): (rng.random(9) < 0.5).astype(float) for kind in ("fog", "contrast") for s in (1, 3)}
+    for one in wrong.values():
+        one[4] = np.nan  # cannot be decoded
+    errors = {kind: {s: np.nanmean(wrong[kind, s]) for s in (1, 3)} for kind in ("fog", "contrast")}
+    by_image = task._by_image(wrong, ["fog", "contrast"], [1, 3], relative=True)
+    assert len(by_image) == 8
+    assert by_image.mean().item() == pytest.approx(mean(list(corruption_errors(errors).values())))
+    wrong["fog", 1] = wrong["fog", 1][:7]  # a published part that is not whole
+    assert task._by_image(wrong, ["fog", "contrast"], [1, 3], relative=True) is None
 
 
 def test_what_is_random_is_drawn_by_the_number_in_the_set(model, folders, head, tmp_path, monkeypatch):
@@ -125,6 +149,8 @@ def test_distributed_images_are_read_and_other_sets_measured(model, folders, hea
     result = robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
     error = result.details["errors"]["contrast"][2]
     assert result.metrics["mce"] == pytest.approx(error / 0.7615)
+    assert next(iter(result.metrics)) == "mce"
+    assert result.outcomes.mean() == pytest.approx(result.metrics["mce"])
     assert f"accuracy_{folders / 'train'}" in result.metrics
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, resize
 
@@ -19,7 +21,7 @@ from opsin.data.progress import progress
 from opsin.errors import FINITE, OpsinError, unknown, within
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.corruptions import EXTRA, KINDS, SEVERITIES, Stored, applied, drawn, missing
-from opsin.evaluate.corruptions.published import corruption_errors, mean
+from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
 from opsin.evaluate.datasets.classification import SETS, read_set
 from opsin.evaluate.dense import normalised
 from opsin.evaluate.linear import further_set, left_out_of, measure
@@ -48,6 +50,10 @@ Ways = Iterator[tuple[Condition, Tensor]]
 """Conditions with a batch under each, normalised."""
 Errors = dict[str, dict[int, float]]
 """Kind → severity → error, from 0 to 1."""
+Wrong = dict[Condition, NDArray[np.float64]]
+"""By condition, for every image `[N]`: 1 for a wrong answer, 0 for a right one, NaN where it does not count."""
+RIGHT, WRONG, NOT = "1", "0", "-"
+"""Letters by which answers are kept; the last is for images that do not count."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,10 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
     """Measure a linear head on corrupted test images (ImageNet-C, or your set -C) and on test sets of other origin.
 
     Returns:
-        `accuracy` on clean test images; `mce` on ImageNet (errors as a share of AlexNet's, mean over kinds), or
-        `corruption_error` (the mean error) and `degradation` (that minus the error of the same crops, clean) on any
-        other set; `accuracy_NAME` for every set of `tests`. Details: `errors` by kind and severity, `missing` kinds.
+        With corruptions `mce` on ImageNet (errors as a share of AlexNet's, mean over kinds), or `corruption_error` (the
+        mean error) and `degradation` (that minus the error of the same crops, clean) on any other set; `accuracy` on
+        clean test images; `accuracy_NAME` for every set of `tests`. Details: `errors` by kind and severity, `missing`
+        kinds.
 
     Raises:
         OpsinError: see `sets.train_and_test`, `probe.fit` and `classifier.load`; bands other than RGB; asked-for
@@ -125,26 +132,29 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
         fitted = fit(model, train, test, settings.probe, run)
         classifier, known = fitted.classifier, fitted.test
     measured = measure(classifier, test, known, "accuracy")
-    metrics = {"accuracy": measured.value}
+    outcomes, clean = measured.outcomes, {"accuracy": measured.value}
     left_out = left_out_of(test, known)
 
     conditions = [(kind, severity) for kind in kinds for severity in settings.severities]
     classifier = replace(classifier, weight=classifier.weight.to(model.device), bias=classifier.bias.to(model.device))
     if distributed:
-        error = _read(model, classifier, Path(distributed[0]), train, conditions, settings, run)
+        wrong = _read(model, classifier, Path(distributed[0]), train, conditions, settings, run)
     elif conditions:
-        error = _made(model, classifier, test, [CLEAN, *conditions], settings, run)
+        wrong = _made(model, classifier, test, [CLEAN, *conditions], settings, run)
     else:
-        error = {}
+        wrong = {}
+    error = {one: float(np.nanmean(images)) for one, images in wrong.items()}
     errors = {kind: {severity: error[kind, severity] for severity in settings.severities} for kind in kinds}
     imagenet = bool(distributed) or (named(spec, SETS)[0] == "imagenet" and len(train.classes) == 1000)
     terms = corruption_errors(errors) if imagenet else {}
+    metrics = clean
     if errors:
         average = mean([mean(list(by_severity.values())) for by_severity in errors.values()])
         if imagenet:
-            metrics["mce"] = mean(list(terms.values()))
+            metrics = {"mce": mean(list(terms.values()))} | clean
         else:
-            metrics |= {"corruption_error": average, "degradation": average - error[CLEAN]}
+            metrics = {"corruption_error": average} | clean | {"degradation": average - error[CLEAN]}
+        outcomes = _by_image(wrong, kinds, settings.severities, relative=imagenet)
     rows = []
     for name, images, mask, metric in further:
         found = features(model, images, Centre(settings.probe.size), run)
@@ -157,8 +167,23 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
         table=_table(errors, terms, 1 - measured.value, error.get(CLEAN), lacking, rows, settings),
         details={"errors": errors, "terms": terms, "missing": lacking, "n_test": int(known.good.sum())},
         left_out=left_out,
-        outcomes=None if measured.outcomes is None else measured.outcomes.numpy(),
+        outcomes=None if outcomes is None else outcomes.numpy(),
     )
+
+
+def _by_image(wrong: Wrong, kinds: Sequence[str], severities: Sequence[int], *, relative: bool) -> Tensor | None:
+    """What each image that counts has of the corruption error, or of mCE if `relative`, `[N]`: the metric is their mean.
+
+    None if the conditions are of different images, as published files may be that were not all there.
+    """
+    if len({len(images) for images in wrong.values()}) > 1:
+        return None
+    by_kind = [np.mean([wrong[kind, severity] for severity in severities], axis=0) for kind in kinds]
+    if relative:
+        theirs = [mean([ALEXNET[kind][severity - 1] / 100 for severity in severities]) for kind in kinds]
+        by_kind = [images / error for images, error in zip(by_kind, theirs, strict=True)]
+    found = np.mean(by_kind, axis=0)
+    return torch.from_numpy(found[~np.isnan(found)])
 
 
 def classifier_on_cpu(classifier: Classifier) -> Classifier:
@@ -177,8 +202,8 @@ def crop(pixels: Tensor, size: int) -> Tensor:
 
 def _made(
     model: Model, head: Classifier, test: ImageSet, conditions: Sequence[Condition], settings: Robustness, run: Run
-) -> dict[Condition, float]:
-    """Errors under conditions: every batch is decoded once and corrupted in all ways before the next."""
+) -> Wrong:
+    """What goes wrong under conditions: every batch is decoded once and corrupted in all ways before the next."""
 
     def seen(images: Tensor, numbers: Sequence[int], wanted: Sequence[Condition]) -> Ways:
         for kind in dict.fromkeys(kind for kind, _ in wanted):
@@ -201,9 +226,9 @@ def _read(
     conditions: Sequence[Condition],
     settings: Robustness,
     run: Run,
-) -> dict[Condition, float]:
-    """Errors on the published corrupted images, as they are: 224 pixels, not resized."""
-    errors: dict[Condition, float] = {}
+) -> Wrong:
+    """What goes wrong on the published corrupted images, as they are: 224 pixels, not resized."""
+    wrong: Wrong = {}
     for condition in conditions:
         images = read_set(DISTRIBUTED, path, _key(condition))
         images = replace(images, labels=in_classes_of(images, train), classes=train.classes)
@@ -215,8 +240,8 @@ def _read(
         def prepare(image: Tensor) -> Tensor:
             return evaluation_transform(image, settings.probe.size, settings.probe.size)
 
-        errors |= _kept(model, head, images, [condition], prepare, seen, settings, run, {"stored_as": "distributed"})
-    return errors
+        wrong |= _kept(model, head, images, [condition], prepare, seen, settings, run, {"stored_as": "distributed"})
+    return wrong
 
 
 def _kept(
@@ -229,8 +254,8 @@ def _kept(
     settings: Robustness,
     run: Run,
     facts: dict[str, Any],
-) -> dict[Condition, float]:
-    """Errors from what is kept of each part of the images, computed where something is missing.
+) -> Wrong:
+    """What goes wrong, from what is kept of each part of the images, computed where something is missing.
 
     Args:
         model: the backbone.
@@ -250,32 +275,30 @@ def _kept(
     # Labels are not among the images' fingerprint: the split of one's own images decides both, a reader may not.
     assert images.labels is not None
     facts |= {"labels": hashlib.sha256(images.labels.tobytes()).hexdigest(), "size": settings.probe.size}
-    folder = place(run.cache, "corrupted", **facts)
+    folder = place(run.cache, "judged", **facts)
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
     files = [folder / f"{part.start}.json" for part in parts]
-    known: list[dict[str, list[int]]] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    known: list[dict[str, str]] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     wanted = [[one for one in conditions if _key(one) not in have] for have in known]
     total = sum(len(part) * len(ones) for part, ones in zip(parts, wanted, strict=True))
     with progress("corruptions", total, "images", run.progress and total > 0) as advance:
         for part, ones, have, file in zip(parts, wanted, known, files, strict=True):
             if ones:
-                have |= _counts(model, head, images, part, ones, prepare, seen, run, advance)
+                have |= _judged(model, head, images, part, ones, prepare, seen, run, advance)
                 try:
                     write(file, json.dumps(have))
                 except OSError as error:
                     raise OpsinError(
                         f"cannot keep results in {folder}: {error.strerror}. Choose another --cache."
                     ) from None
-    errors = {}
-    for one in conditions:
-        right, counts = (sum(have[_key(one)][i] for have in known) for i in (0, 1))
-        if not counts:
-            raise OpsinError(f"no labelled image of {images.where} can be decoded: replace the damaged files.")
-        errors[one] = 1 - right / counts
-    return errors
+    found = {one: "".join(have[_key(one)] for have in known) for one in conditions}
+    if any(set(judged) == {NOT} for judged in found.values()):
+        raise OpsinError(f"no labelled image of {images.where} can be decoded: replace the damaged files.")
+    values = {WRONG: 1.0, RIGHT: 0.0, NOT: np.nan}
+    return {one: np.array([values[letter] for letter in judged]) for one, judged in found.items()}
 
 
-def _counts(
+def _judged(
     model: Model,
     head: Classifier,
     images: ImageSet,
@@ -285,10 +308,10 @@ def _counts(
     seen: Callable[[Tensor, Sequence[int], Sequence[Condition]], Ways],
     run: Run,
     advance: Callable[[int], None],
-) -> dict[str, list[int]]:
-    """Numbers of right and of all images by condition; those that do not decode, or have no label, count nowhere."""
+) -> dict[str, str]:
+    """A letter for every image by condition; those that do not decode, or have no label, count nowhere."""
     assert images.labels is not None
-    right, counts = dict.fromkeys(wanted, 0), 0
+    judged = {one: dict.fromkeys(part, NOT) for one in wanted}
     batches = [part[start : start + run.batch_size] for start in range(0, len(part), run.batch_size)]
 
     def read(index: int) -> Tensor | None:
@@ -303,11 +326,13 @@ def _counts(
             crops = [item for item in items if item is not None]
             if crops:
                 labels = torch.from_numpy(images.labels[numbers])
-                counts += int(counted(labels).sum())
+                counts = counted(labels).tolist()
                 for one, prepared_batch in seen(torch.stack(crops).to(model.device), numbers, wanted):
-                    right[one] += int(_right(model, head, prepared_batch, labels).sum())
+                    right = _right(model, head, prepared_batch, labels).tolist()
+                    for number, hit, counts_too in zip(numbers, right, counts, strict=True):
+                        judged[one][number] = (RIGHT if hit else WRONG) if counts_too else NOT
             advance(len(batch) * len(wanted))
-    return {_key(one): [right[one], counts] for one in wanted}
+    return {_key(one): "".join(letters.values()) for one, letters in judged.items()}
 
 
 def _key(condition: Condition) -> str:
@@ -351,4 +376,5 @@ def _table(
             "AlexNet's errors are of ImageNet, so no mCE is given: mean errors, to compare with the clean crop."
         )
     notes += [f"{kind} is left out: {why}." for kind, why in lacking.items()]
-    return Table(headers, [*body, *rows], " ".join(notes))
+    shown = len(headers) if terms else -1  # without AlexNet's column where nothing is compared with it
+    return Table(headers[:shown], [row[:shown] for row in [*body, *rows]], " ".join(notes))

@@ -123,6 +123,18 @@ tasks:
     assert "knn" in json.loads((tmp_path / "suite" / "results.json").read_text())["results"]["one"]
 
 
+def test_brackets_in_names_are_no_markup(weights, digits, tmp_path, capsys):
+    (tmp_path / "plain [").mkdir()
+    os.symlink(digits, tmp_path / "plain [" / "red]")
+    data = tmp_path / "plain [" / "red]"
+    found = evaluate("knn", tmp_path, "--weights", weights / "one.safetensors", "--data", data, "--size", 28, "--k", 5)
+    assert found["metrics"]["accuracy"] > 0.3
+    os.symlink(digits, tmp_path / "plain [" / "b]")
+    data = f"{tmp_path}/plain [/b]"
+    evaluate("knn", tmp_path, "--weights", weights / "one.safetensors", "--data", data, "--size", 28, "--k", 5)
+    assert "[/b]" in "".join(capsys.readouterr().out.split("\n"))
+
+
 def test_searching_photos(weights, photos, tmp_path, capsys):
     w = str(weights / "one.safetensors")
     where = ["--device", "cpu", "--no-progress"]

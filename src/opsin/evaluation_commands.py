@@ -35,8 +35,8 @@ def evaluation(name: str, task: Task) -> Callable[..., int]:
         check_file(out)
         opened = open_model(weights, model, device, precision)
         facts, _ = timed(opened, Entry(name, name, settings), TASKS, run)
-        tell(name, facts)
         write_json(out, facts)
+        tell(name, facts)
         return 0
 
     command.__annotations__["settings"] = Annotated[task.settings, tyro.conf.arg(name="")]
@@ -161,7 +161,7 @@ def search(
     shown = Table(*table.headers)
     for row in table.rows:
         shown.add_row(*row)
-    Console().print(shown)
+    _console().print(shown)
     print("".join(f"not read: {path} ({reason})\n" for path, reason in answers.left_out), end="")
     if out is not None and out.suffix == ".html":
         title = f"Nearest images in {index}"
@@ -183,16 +183,21 @@ EVALUATIONS: dict[str, Callable[..., int]] = {
 
 def tell(name: str, facts: dict[str, Any]) -> None:
     """Print a result: its table, its note, and what the paper says."""
-    console, table = Console(), facts["table"]
+    console, table = _console(), facts["table"]
     shown = Table(*table["headers"], title=f"{name} on {facts['data']}")
     for row in table["rows"]:
         shown.add_row(*row)
     console.print(shown)
     for line in [table["note"]] * bool(table["note"]) + facts["paper"]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     left_out = [(one["path"], one["reason"]) for one in facts["left_out"]]
     if left_out:
-        console.print(_first_of(left_out)[2:], highlight=False, markup=False)
+        console.print(_first_of(left_out)[2:])
+
+
+def _console() -> Console:
+    """Names of files are told as they are: brackets in them are no markup."""
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def _first_of(left_out: Sequence[tuple[str, str]]) -> str:

@@ -324,10 +324,13 @@ def test_what_is_no_mapping_of_lists_is_one_sentence(tmp_path, content):
 
 
 def test_label_groups_that_cannot_be_read_are_one_sentence(tmp_path):
-    with pytest.raises(OpsinError, match="cannot be read"):
+    with pytest.raises(OpsinError, match=r"cannot read the label groups .*none.yaml: No such file"):
         read_label_groups(tmp_path / "none.yaml")
     (tmp_path / "g.yaml").write_text("{a: [")
-    with pytest.raises(OpsinError, match="cannot be read"):
+    with pytest.raises(OpsinError, match=r"g.yaml is not YAML: while parsing"):
+        read_label_groups(tmp_path / "g.yaml")
+    (tmp_path / "g.yaml").write_text("a: [b]\nc: [d]\na: [e]\n")
+    with pytest.raises(OpsinError, match="'a' stands there twice"):
         read_label_groups(tmp_path / "g.yaml")
 
 

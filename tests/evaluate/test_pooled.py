@@ -84,6 +84,34 @@ def test_an_interrupted_computation_goes_on_with_the_missing_parts(model, folder
     torch.testing.assert_close(gone_on.pooled.cls, fresh.pooled.cls, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["4.safetensors", "4.json"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "half"])
+def test_a_damaged_part_is_computed_again(model, folder, tmp_path, monkeypatch, name, damage):
+    monkeypatch.setattr(pooled, "PART", 4)
+    (folder / "class0" / "04.png").write_bytes(b"no image")  # so that its JSON is more than {}
+    images, calls, real = own(str(folder)), [], pooled.pool
+    whole = features(model, images, Centre(16), run_in(tmp_path))
+    (path,) = (tmp_path / "kept").glob(f"features-*/{name}")
+    content = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(content[: len(content) // 2 if damage == "half" else 0])
+    monkeypatch.setattr(pooled, "pool", lambda model, batch: calls.append(len(batch)) or real(model, batch))
+    again = features(model, images, Centre(16), run_in(tmp_path))
+    torch.testing.assert_close(again.pooled.cls, whole.pooled.cls)
+    assert again.bad == whole.bad
+    assert 3 <= sum(calls) <= 4  # of that part alone
+
+
+def test_an_image_that_is_replaced_by_one_of_its_size_is_another(model, folder, tmp_path):
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (16, 16), "red").save(path.with_suffix(".bmp"))
+        path.unlink()
+    red = features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+    for path in folder.rglob("*.bmp"):
+        Image.new("RGB", (16, 16), "blue").save(path)
+    blue = features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+    assert not torch.allclose(red.pooled.cls, blue.pooled.cls)
+
+
 def test_unreadable_images_are_told_and_their_rows_not_good(model, folder, tmp_path):
     (folder / "class0" / "00.png").write_bytes(b"no image")
     for _ in range(2):  # computed, and from the store

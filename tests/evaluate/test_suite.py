@@ -97,7 +97,7 @@ def test_every_model_is_measured_by_every_task(config, tmp_path):
 
 def test_a_suite_goes_on_and_measures_what_changed(config, tmp_path):
     measured(config, tmp_path / "out")
-    (tmp_path / "out" / "results" / "large-guess" / "result.json").unlink()  # as if killed before it was whole
+    (tmp_path / "out" / "results" / "large" / "guess" / "result.json").unlink()  # as if killed before it was whole
     CALLS.clear()
     again = measured(config, tmp_path / "out")
     assert CALLS == [("large", 2)]
@@ -110,6 +110,35 @@ def test_a_suite_goes_on_and_measures_what_changed(config, tmp_path):
     CALLS.clear()
     measured(config, tmp_path / "out")
     assert CALLS == [("small", 2), ("small", 4)]
+
+
+@pytest.mark.parametrize("name", ["result.json", "outcomes.npy"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"key": 1'])
+def test_a_damaged_result_is_measured_again(config, tmp_path, name, content):
+    measured(config, tmp_path / "out")
+    path = tmp_path / "out" / "results" / "large" / "guess" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    CALLS.clear()
+    again = measured(config, tmp_path / "out")
+    assert CALLS == [("large", 2)]
+    assert len(again.differences) == 2
+
+
+def test_a_model_that_cannot_be_opened_does_not_stop_the_others(config, tmp_path):
+    report = measured(config, tmp_path / "out", a=("small.safetensors", "gone.safetensors"))
+    assert [(model, entry) for model, entry, _ in report.failed] == [("small", "guess"), ("small", "guess of three")]
+    assert "gone.safetensors" in report.failed[0][2]
+    assert CALLS == [("large", 2), ("large", 3)]
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_names_do_not_run_into_each_other(config, tmp_path):
+    text = config.read_text().replace("name: large", "name: small-a").replace("data: here", "name: a-b, data: here")
+    config.write_text(text.replace("name: guess of three", "name: b"))
+    measured(config, tmp_path / "out")
+    CALLS.clear()
+    measured(config, tmp_path / "out")
+    assert CALLS == []
 
 
 def test_a_task_that_fails_does_not_stop_the_others(config, tmp_path):
@@ -153,6 +182,12 @@ def test_models_are_paired_only_on_equally_many_samples():
         ("name: large", "name: small", "two models of the name 'small'"),
         ("name: large", "name: a/b", "'a/b' cannot name a file"),
         ("models:", "model:", "unknown field 'model'"),
+        ("models:", "models: x\nothers:", "is not a suite"),
+        ("tasks:", "tasks: []\ntasks:", "'tasks' stands there twice"),
+        ("task: guess, data: here", "task: [guess], data: here", "unknown task"),
+        ("data: there", "data: ", "has no data"),
+        ("name: large", f"name: {'x' * 300}", "cannot name a file"),
+        ("name: large", "name: ..", "cannot name a file"),
     ],
 )
 def test_mistakes_in_the_file(config, old, new, said):

@@ -55,6 +55,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path):
     assert not finished.training
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world\n", b"half", None])
+def test_a_damaged_state_is_passed_over(tmp_path, content):
+    whole = run(*setting(), tmp_path / "a")
+    path = tmp_path / "a" / "state.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)  # another's
+    else:
+        path.write_bytes(path.read_bytes()[:200] if content == b"half" else content)
+    again = run(*setting(), tmp_path / "a")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
 def test_the_rate_is_the_scheduled_one(tmp_path):
     module, _ = setting()
     optimiser = torch.optim.SGD(module.parameters(), lr=0.5)

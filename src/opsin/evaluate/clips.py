@@ -4,9 +4,7 @@ A clip is a video file, decoded with PyAV (which brings FFmpeg along), or a fold
 numbers in their names.
 """
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -27,7 +25,8 @@ from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
 from opsin.errors import OpsinError
 from opsin.evaluate.model import Model
-from opsin.evaluate.pooled import BLOCKS, PART, Known, Pooled, keep, pool
+from opsin.evaluate.pooled import BLOCKS, PART, Known, Pooled, is_kept, keep, pool
+from opsin.evaluate.sets import stamp
 from opsin.evaluate.store import place
 from opsin.evaluate.task import Run
 from opsin.evaluate.transforms import Transform
@@ -56,13 +55,9 @@ class ClipSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Another value means other clips: a digest over names and sizes of files."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            files = frame_files(path) if path.is_dir() else [path]
-            for file in files:
-                digest.update(b"%b\0%b\0%d\n" % (os.fsencode(path.name), os.fsencode(file.name), file.stat().st_size))
-        return digest.hexdigest()
+        """Another value means other clips."""
+        files = [(path, file) for path in self.paths for file in (frame_files(path) if path.is_dir() else [path])]
+        return stamp([f"{path.name}/{file.name}" for path, file in files], [file for _, file in files])
 
     def part(self, indices: NDArray[np.int64]) -> "ClipSet":
         """Some of the clips, in the order of `indices`, with all class names."""
@@ -151,7 +146,7 @@ def clip_features(model: Model, clips: ClipSet, frames: int, combine: str, trans
     )
     step = max(1, PART // frames)
     parts = [range(start, min(start + step, len(clips))) for start in range(0, len(clips), step)]
-    missing = [part for part in parts if not (folder / f"{part.start}.json").exists()]
+    missing = [part for part in parts if not is_kept(folder, part.start)]
     if missing:
         with progress("features", sum(map(len, missing)), "clips", run.progress) as advance:
             for part in missing:

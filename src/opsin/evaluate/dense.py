@@ -1,6 +1,5 @@
 """What evaluations with an answer per pixel share: images with targets, and patch features of images of any size."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,11 +91,3 @@ def matched(
                 f"{named}: name images and targets alike but for the ending."
             )
     return list(pictures.values()), [answers[stem] for stem in pictures]
-
-
-def digest_of(paths: Sequence[Path]) -> str:
-    """SHA-256 over names and sizes of files, such as targets, for the key of a trained head."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(b"%b\0%d\n" % (os.fsencode(path.name), path.stat().st_size))
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Object discovery without labels: one box per image from patch features alone, and how often it is right (CorLoc)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +17,8 @@ from opsin.errors import OpsinError, within
 from opsin.evaluate.datasets.boxes import fingerprint_of, read_boxes
 from opsin.evaluate.model import Model
 from opsin.evaluate.sets import ImageSet
-from opsin.evaluate.store import place
+from opsin.evaluate.store import place, recalled, save
 from opsin.evaluate.task import Picture, Result, Run, Table
-from opsin.output import write
 
 FAINT = 1e-5
 """Weight of an edge between patches that are not alike: the graph stays connected (TokenCut)."""
@@ -64,9 +62,11 @@ def discovery(model: Model, settings: Discovery, run: Run) -> Result:
     with progress("discovery", len(images), "images", run.progress) as advance:
         for start in range(0, len(images), PART):
             part, kept = range(start, min(start + PART, len(images))), folder / f"{start}.json"
-            if not kept.exists():
-                write(kept, json.dumps([_box(model, images, index, settings) for index in part]))
-            for index, answer in zip(part, json.loads(kept.read_text()), strict=True):
+            answers = recalled(kept)
+            if answers is None or len(answers) != len(part):
+                answers = [_box(model, images, index, settings) for index in part]
+                save(kept, answers)
+            for index, answer in zip(part, answers, strict=True):
                 if isinstance(answer, str):
                     bad.append((images.name(index), answer))
                 else:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from opsin.evaluate.probe import Probe, fit
 from opsin.evaluate.sets import ImageSet, in_classes_of, named, own, split
 from opsin.evaluate.task import Result, Run, Table
 from opsin.evaluate.transforms import Centre
+from opsin.settings import text_of, yaml_of
 
 CHOOSING = 0.1
 """Share of the training images on which the classifier is chosen: never those whose groups are compared."""
@@ -185,10 +185,8 @@ def read_label_groups(path: Path) -> dict[str, list[str]]:
     Raises:
         OpsinError: there is no such file, or it is not a mapping of lists of names.
     """
-    try:
-        read = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OpsinError(f"label groups {shown(path)} cannot be read: {str(error).splitlines()[0]}.") from None
+    example = "Write, for example, human: [face]."
+    read = yaml_of(text_of(path, example, "label groups"), f"the file of label groups {shown(path)}")
     if not isinstance(read, dict) or not read or not all(isinstance(of, list) and of for of in read.values()):
         raise OpsinError(
             f"{shown(path)} is no mapping of groups to lists of classes: write, for example, human: [face]."

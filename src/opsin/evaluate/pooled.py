@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from opsin.data.progress import progress
 from opsin.errors import OpsinError
 from opsin.evaluate.model import Model
 from opsin.evaluate.sets import ImageSet
-from opsin.evaluate.store import place
+from opsin.evaluate.store import place, recalled
 from opsin.evaluate.task import Run
 from opsin.evaluate.transforms import Transform
 from opsin.output import write
@@ -81,7 +82,7 @@ def features(model: Model, images: ImageSet, transform: Transform, run: Run) -> 
         run.cache, "features", weights=model.digest, images=images.fingerprint, transform=transform.name, part=PART
     )
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
-    missing = [part for part in parts if not (folder / f"{part.start}.json").exists()]
+    missing = [part for part in parts if not is_kept(folder, part.start)]
     if missing:
         with progress("features", sum(map(len, missing)), "images", run.progress) as advance:
             for part in missing:
@@ -134,6 +135,17 @@ def extract(
     return found, bad
 
 
+def is_kept(folder: Path, start: int) -> bool:
+    """Whether the part that starts with image `start` lies in the store whole; a damaged one is computed again."""
+    if recalled(folder / f"{start}.json") is None:
+        return False
+    try:
+        with safe_open(folder / f"{start}.safetensors", "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def keep(folder: Path, start: int, pooled: Pooled, bad: dict[int, str], model: Model) -> None:
     """Write the features of a part, which starts with image `start`, to the store: fp32 or fp16 as `features` says.
 
@@ -146,5 +158,6 @@ def keep(folder: Path, start: int, pooled: Pooled, bad: dict[int, str], model: M
         save_file({name: tensor.to(dtype).contiguous() for name, tensor in pooled._asdict().items()}, partial)
         partial.replace(whole)
         write(folder / f"{start}.json", json.dumps(bad))  # last: it says that the part is whole
-    except OSError as error:
-        raise OpsinError(f"cannot keep features in {folder}: {error.strerror}. Choose another --cache.") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OpsinError(f"cannot keep features in {folder}: {reason}. Choose another --cache.") from None

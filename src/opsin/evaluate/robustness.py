@@ -1,7 +1,6 @@
 """Robustness of a linear head: common corruptions of the test images, and test sets of other origin."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -30,10 +29,9 @@ from opsin.evaluate.model import Model
 from opsin.evaluate.pooled import features, pool
 from opsin.evaluate.probe import Probe, fit
 from opsin.evaluate.sets import ImageSet, in_classes_of, named, train_and_test
-from opsin.evaluate.store import place
+from opsin.evaluate.store import place, recalled, save
 from opsin.evaluate.task import Result, Run, Table
 from opsin.evaluate.transforms import Centre
-from opsin.output import write
 
 PART = 512
 """Images in a file of kept results: what an interruption can cost."""
@@ -172,9 +170,9 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
 
 
 def _by_image(wrong: Wrong, kinds: Sequence[str], severities: Sequence[int], *, relative: bool) -> Tensor | None:
-    """What each image that counts has of the corruption error, or of mCE if `relative`, `[N]`: the metric is their mean.
+    """What each image that counts has of the corruption error, or of mCE if `relative`, `[N]`.
 
-    None if the conditions are of different images, as published files may be that were not all there.
+    The metric is their mean. None if the conditions are of different images, as published files that are not whole.
     """
     if len({len(images) for images in wrong.values()}) > 1:
         return None
@@ -278,19 +276,14 @@ def _kept(
     folder = place(run.cache, "judged", **facts)
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
     files = [folder / f"{part.start}.json" for part in parts]
-    known: list[dict[str, str]] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    known: list[dict[str, str]] = [recalled(file) or {} for file in files]
     wanted = [[one for one in conditions if _key(one) not in have] for have in known]
     total = sum(len(part) * len(ones) for part, ones in zip(parts, wanted, strict=True))
     with progress("corruptions", total, "images", run.progress and total > 0) as advance:
         for part, ones, have, file in zip(parts, wanted, known, files, strict=True):
             if ones:
                 have |= _judged(model, head, images, part, ones, prepare, seen, run, advance)
-                try:
-                    write(file, json.dumps(have))
-                except OSError as error:
-                    raise OpsinError(
-                        f"cannot keep results in {folder}: {error.strerror}. Choose another --cache."
-                    ) from None
+                save(file, have)
     found = {one: "".join(have[_key(one)] for have in known) for one in conditions}
     if any(set(judged) == {NOT} for judged in found.values()):
         raise OpsinError(f"no labelled image of {images.where} can be decoded: replace the damaged files.")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.data.decode import DecodeError, decode, shown
-from opsin.data.sources import Source, scan
+from opsin.data.sources import ImageFiles, Source, scan
 from opsin.errors import OpsinError, unknown
 
 TRIES = 100
@@ -82,14 +82,36 @@ class ImageSet:
         )
 
 
+def stamp(names: Iterable[str | Path], files: Iterable[str | Path]) -> str:
+    """SHA-256 over names, sizes and times of files: an image that is replaced by one of its size is another, too.
+
+    Args:
+        names: of the files within their set, in order.
+        files: where they lie; one that is gone counts as empty, since reading it will tell.
+    """
+    digest = hashlib.sha256()
+    for name, file in zip(names, files, strict=True):
+        try:
+            facts = os.stat(file)
+            size, time = facts.st_size, facts.st_mtime_ns
+        except OSError:
+            size = time = -1
+        digest.update(b"%b\0%d %d\n" % (os.fsencode(name), size, time))
+    return digest.hexdigest()
+
+
 def of_source(source: Source, channels: int = 3) -> ImageSet:
     """The images of a scanned source, with its labels if it has any."""
+    fingerprint = source.fingerprint  # of names and sizes
+    if isinstance(source.images, ImageFiles) and "://" not in source.root:
+        indices = range(len(source))
+        fingerprint = stamp(map(source.name, indices), map(source.place, indices))
     return ImageSet(
         where=shown(source.root),
         count=len(source),
         open=source.open,
         name=lambda index: shown(source.name(index)),
-        fingerprint=source.fingerprint,
+        fingerprint=fingerprint,
         labels=source.labels,
         classes=[shown(name) for name in source.classes],
         channels=channels,
@@ -97,12 +119,10 @@ def of_source(source: Source, channels: int = 3) -> ImageSet:
 
 
 def of_files(where: str, paths: Sequence[Path], labels: NDArray[np.int64] | None, classes: Sequence[str]) -> ImageSet:
-    """Image files whose labels a reader knows; their names and sizes are the fingerprint."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(b"%b\0%d\n" % (os.fsencode(path.name), path.stat().st_size))
+    """Image files whose labels a reader knows."""
+    fingerprint = stamp([path.name for path in paths], paths)
     return ImageSet(
-        where, len(paths), paths.__getitem__, lambda index: shown(paths[index]), digest.hexdigest(), labels, classes
+        where, len(paths), paths.__getitem__, lambda index: shown(paths[index]), fingerprint, labels, classes
     )
 
 

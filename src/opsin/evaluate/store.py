@@ -15,6 +15,26 @@ VERSION = 1
 """Counts up when what is kept changes its meaning."""
 
 
+def recalled(path: Path) -> Any:
+    """What a JSON file of the store says; None if there is none or it is damaged, and then it is to be made again."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def save(path: Path, found: Any) -> None:
+    """Write what `recalled` gives back.
+
+    Raises:
+        OpsinError: nothing can be written there.
+    """
+    try:
+        write(path, json.dumps(found))
+    except OSError as error:
+        raise OpsinError(f"cannot keep results in {path.parent}: {error.strerror}. Choose another --cache.") from None
+
+
 def place(cache: Path, kind: str, **facts: Any) -> Path:
     """A folder for what `facts` (JSON-able) determine; made with facts.json in it, which says what it is.
 

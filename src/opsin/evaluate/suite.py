@@ -126,7 +126,7 @@ def read(path: Path, tasks: Mapping[str, Task]) -> tuple[Suite, list[Entry]]:
     Raises:
         OpsinError: it is no such file, a task or option is unknown, or two models or entries have one name.
     """
-    suite = parsed(text_of(path, "Give a suite's file: see docs/evaluate.md."), str(path), Suite)
+    suite = parsed(text_of(path, "See docs/evaluate.md.", "suite"), str(path), Suite, "suite")
     entries = [_entry(dict(tree), f"{path}, task {number}", tasks) for number, tree in enumerate(suite.tasks, start=1)]
     for names, what in (([model.name for model in suite.models], "models"), ([e.name for e in entries], "tasks")):
         if not names:
@@ -134,17 +134,21 @@ def read(path: Path, tasks: Mapping[str, Task]) -> tuple[Suite, list[Entry]]:
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise OpsinError(f"{path} has two {what} of the name '{twice[0]}': give each a name of its own.")
-        if strange := [name for name in names if not re.fullmatch(r"[\w.,+ -]+", name)]:
-            raise OpsinError(f"{path}: '{strange[0]}' cannot name a file: use letters, digits, spaces and - _ . , +")
+        if strange := [name for name in names if not re.fullmatch(r"[\w.,+ -]{1,100}", name) or not name.strip(".")]:
+            raise OpsinError(
+                f"{path}: '{strange[0][:100]}' cannot name a file: use up to 100 letters, digits, spaces and - _ . , +"
+            )
     return suite, entries
 
 
 def _entry(tree: dict[str, Any], where: str, tasks: Mapping[str, Task]) -> Entry:
     task = tree.pop("task", None)
-    if task not in tasks:
+    if not isinstance(task, str) or task not in tasks:
         raise OpsinError(f"{where}: {unknown('task', str(task), tasks)}")
+    if tree.get("data", "") is None:
+        del tree["data"]  # a key without a value
     name = str(tree.pop("name", task))
-    settings = structured(tree, where, tasks[task].settings)
+    settings = structured(tree, where, tasks[task].settings, f"{task} task")
     if not settings.data:
         raise OpsinError(f"{where} ({name}) has no data: give data: FOLDER.")
     return Entry(name, task, settings)
@@ -168,10 +172,15 @@ def measure(
     measured: list[Measured] = []
     failed: list[tuple[str, str, str]] = []
     for candidate in suite.models:
-        model = open_model(candidate.weights, candidate.architecture, device, precision)
+        try:
+            model = open_model(candidate.weights, candidate.architecture, device, precision)
+        except OpsinError as error:
+            failed += [(candidate.name, entry.name, str(error)) for entry in entries]
+            say(f"{candidate.name}: not measured: {error}")
+            continue
         for entry in entries:
             key = _key(model, entry)
-            folder = out / "results" / f"{candidate.name}-{entry.name}"
+            folder = out / "results" / candidate.name / entry.name
             known = recall(folder, candidate.name, entry.name, key)
             if known is not None:
                 say(f"{candidate.name}, {entry.name}: measured before; remove {folder} to measure it again")
@@ -238,27 +247,24 @@ def keep(folder: Path, key: str, facts: Mapping[str, Any], result: Result) -> No
         for number, picture in enumerate(result.pictures):
             Image.fromarray(picture.pixels).save(folder / f"{number}.png")
             titles.append(picture.title)
-        write(folder / "result.json", json.dumps({"key": key, "pictures": titles, **facts}, indent=1))
+        told = {"key": key, "pictures": titles, "outcomes": result.outcomes is not None}
+        write(folder / "result.json", json.dumps({**told, **facts}, indent=1))
     except OSError as error:
         raise OpsinError(f"cannot write {folder}: {error.strerror}. Choose another --out.") from None
 
 
 def recall(folder: Path, model: str, entry: str, key: str) -> Measured | None:
-    """A result that `keep` wrote, if it is of the same weights and settings."""
-    path = folder / "result.json"
-    if not path.exists():
+    """A result that `keep` wrote, if it is whole, and of the same weights and settings."""
+    try:
+        facts = json.loads((folder / "result.json").read_text())
+        if facts.pop("key") != key:
+            return None
+        titles, told = facts.pop("pictures"), facts.pop("outcomes")
+        outcomes = np.load(folder / "outcomes.npy") if told else None
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError):
         return None
-    facts = json.loads(path.read_text())
-    if facts.pop("key") != key:
-        return None
-    titles = facts.pop("pictures")
-    outcomes = folder / "outcomes.npy"
     return Measured(
-        model,
-        entry,
-        facts,
-        np.load(outcomes) if outcomes.exists() else None,
-        [(title, folder / f"{number}.png") for number, title in enumerate(titles)],
+        model, entry, facts, outcomes, [(title, folder / f"{number}.png") for number, title in enumerate(titles)]
     )
 
 

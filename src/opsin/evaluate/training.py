@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,7 @@ def train(
     rates = [group["lr"] for group in optimiser.param_groups]
     device = next(module.parameters()).device
     done = 0
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
+    if (state := _recalled(path, device)) is not None:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         done = state["step"]
@@ -88,6 +87,15 @@ def train(
             stream.close()
     module.eval()
     _save(path, module, optimiser, done)
+
+
+def _recalled(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """What `_save` wrote; None if there is nothing, or a damaged file, and then training starts anew."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # torch raises almost anything of a file that is not whole
+        return None
+    return state if isinstance(state, dict) and state.keys() == {"module", "optimiser", "step"} else None
 
 
 def _check(value: Tensor, step: int) -> None:

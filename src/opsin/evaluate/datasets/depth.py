@@ -15,10 +15,10 @@ from torch import Tensor
 
 from opsin.data.decode import shown
 from opsin.errors import OpsinError, unknown
-from opsin.evaluate.dense import EXAMPLES, PairSet, digest_of, matched
+from opsin.evaluate.dense import EXAMPLES, PairSet, matched
 from opsin.evaluate.depth_loss import known
 from opsin.evaluate.depth_views import Protocol
-from opsin.evaluate.sets import ImageSet, of_files
+from opsin.evaluate.sets import ImageSet, of_files, stamp
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Endings of images in a folder of one's own."""
@@ -149,8 +149,9 @@ def _paired(
 ) -> PairSet:
     """Image files with depth files; the fingerprint knows both."""
     images = of_files(where, photos, None, ())
-    digest = hashlib.sha256(f"{images.fingerprint} {digest_of(maps)} {key}".encode()).hexdigest()
-    return PairSet(replace(images, fingerprint=digest), lambda index: read(maps[index]))
+    facts = f"{images.fingerprint} {stamp([path.name for path in maps], maps)} {key}"
+    fingerprint = hashlib.sha256(facts.encode()).hexdigest()
+    return PairSet(replace(images, fingerprint=fingerprint), lambda index: read(maps[index]))
 
 
 def check_unit(given: PairSet, name: str, min_depth: float, max_depth: float, hint: str) -> None:
@@ -249,7 +250,7 @@ def _nyu_official(path: Path, part: str) -> PairSet:
         millimetres = (frame("rawDepths", index) * 1000).astype(np.uint16)
         return torch.from_numpy(millimetres.astype(np.float32) / 1000).T.contiguous()
 
-    facts = f"{digest_of([path])} {chosen.tolist()} rawDepths"
+    facts = f"{stamp([path.name], [path])} {chosen.tolist()} rawDepths"
     return PairSet(
         ImageSet(
             where="NYU Depth V2",

@@ -14,7 +14,7 @@ from opsin.data.listing import ending, is_image
 from opsin.data.sources import scan
 from opsin.errors import OpsinError
 from opsin.evaluate.datasets.archives import Files, files, packed_file
-from opsin.evaluate.sets import ImageSet, of_source
+from opsin.evaluate.sets import ImageSet, of_source, stamp
 
 EXAMPLES = 3
 """Names that a message lists."""
@@ -139,14 +139,16 @@ def in_class_folders(held: Files, below: str = "") -> ImageSet:
 def of_members(
     held: Files, chosen: Sequence[int], labels: NDArray[np.int64] | None, classes: Sequence[str]
 ) -> ImageSet:
-    """Some of the files, in the order of `chosen`; their names and sizes are the fingerprint."""
+    """Some of the files, in the order of `chosen`."""
     names, sizes = [held.names[index] for index in chosen], [held.sizes[index] for index in chosen]
+    # Of a folder's files the times count, too; of an archive's its own.
+    files = [held.where / name for name in names] if held.where.is_dir() else [held.where] * len(names)
     return ImageSet(
         where=shown(held.where),
         count=len(chosen),
         open=lambda index: held.open(chosen[index]),
         name=lambda index: shown(names[index]),
-        fingerprint=_fingerprint(names, sizes),
+        fingerprint=hashlib.sha256(f"{sizes} {stamp(names, files)}".encode()).hexdigest(),
         labels=labels,
         classes=classes,
     )
@@ -170,12 +172,9 @@ def listed(
     """
     if not names:
         raise OpsinError(f"{by} of {shown(place)} lists no image: take it from {source}.")
-    root, sizes, absent = os.fspath(place), list[int](), list[str]()
-    for name in names:  # strings, not paths: Places205 has 2.5 million
-        try:
-            sizes.append(os.stat(f"{root}/{name}").st_size)
-        except OSError:
-            absent.append(name)
+    root = os.fspath(place)
+    files = [f"{root}/{name}" for name in names]  # strings, not paths: Places205 has 2.5 million
+    absent = [name for name, file in zip(names, files, strict=True) if not os.path.exists(file)]
     if absent:
         raise OpsinError(
             f"{len(absent):,} of the {len(names):,} images that {by} lists are not in {shown(place)}, such as "
@@ -184,9 +183,9 @@ def listed(
     return ImageSet(
         where=shown(place),
         count=len(names),
-        open=lambda index: Path(root, names[index]),
+        open=lambda index: Path(files[index]),
         name=lambda index: shown(names[index]),
-        fingerprint=_fingerprint(names, sizes),
+        fingerprint=stamp(names, files),
         labels=labels,
         classes=classes,
     )
@@ -244,10 +243,3 @@ def damaged(path: Path, error: Exception, source: str) -> OpsinError:
     return OpsinError(
         f"the lists of {shown(path)} are not the official ones ({kind}{reason}): take them from {source}."
     )
-
-
-def _fingerprint(names: Sequence[str], sizes: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for name, size in zip(names, sizes, strict=True):
-        digest.update(b"%b\0%d\n" % (os.fsencode(name), size))
-    return digest.hexdigest()

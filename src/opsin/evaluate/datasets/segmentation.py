@@ -6,7 +6,6 @@ bits or with a palette, whose values are read as they are stored: colours are ne
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -31,9 +30,8 @@ from opsin.evaluate.datasets.layout import EXAMPLES, examples, find, missing, of
 from opsin.evaluate.dense import PairSet, matched
 from opsin.evaluate.segmentation_head import IGNORED
 from opsin.evaluate.sets import ImageSet
-from opsin.evaluate.store import place
+from opsin.evaluate.store import place, recalled, save
 from opsin.evaluate.task import Run
-from opsin.output import write
 
 STRANGE = -2
 """In a table of values: one that no mask may hold."""
@@ -183,7 +181,8 @@ def look_through(images: Path, masks: Path, ignore: int, channels: int, run: Run
     times = hashlib.sha256(str([path.stat().st_mtime_ns for paths in both for path in paths]).encode()).hexdigest()
     facts = {"images": pictures.fingerprint, "masks": answers.fingerprint, "times": times, "ignore": ignore}
     kept = place(run.cache, "masks", **facts) / "values.json"
-    if not kept.exists():
+    known = recalled(kept)
+    if known is None:
         found: list[tuple[list[int], str]] = []
         single = [[index] for index in range(len(answers))]
         look = partial(_values, pictures, answers, ignore, channels)
@@ -195,13 +194,12 @@ def look_through(images: Path, masks: Path, ignore: int, channels: int, run: Run
                 found += one
                 advance(1)
         values = [held for held, _ in found]
-        summary = {
+        known = {
             "largest": [max(held, default=-1) for held in values],
             "present": sorted(set().union(*values)),
             "digest": hashlib.sha256("".join(digest for _, digest in found).encode()).hexdigest(),
         }
-        write(kept, json.dumps(summary))
-    known = json.loads(kept.read_text())
+        save(kept, known)
     return Folders(pictures, replace(answers, fingerprint=known["digest"]), known["largest"], known["present"])
 
 

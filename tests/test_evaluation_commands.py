@@ -219,6 +219,26 @@ def test_mistakes_are_one_sentence(weights, digits, photos, tmp_path, capsys, ar
     assert said in err
 
 
+def test_what_the_system_refuses_is_one_sentence(digits, tmp_path, capsys):
+    given = ["evaluate", "knn", "--data", str(digits), "--weights", "w" * 300, *options(tmp_path)]
+    assert main(given) == 2
+    assert capsys.readouterr().err == f"opsin: the system refuses {'w' * 300}: File name too long.\n"
+
+
+def test_a_full_disk_is_one_sentence(weights, digits, tmp_path):
+    given = ["evaluate", "knn", "--data", digits, "--weights", weights / "one.safetensors", "--size", "28"]
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from opsin.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *map(str, [*given, *options(tmp_path)])]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("opsin: cannot keep features in")
+    assert run.stderr.count("\n") == 1
+
+
 def test_a_killed_training_goes_on(weights, digits, tmp_path):
     """kill -9 in the middle of a linear probe on fresh crops: the same command ends with the uninterrupted numbers."""
     probe = ["--probe.size", "28", "--probe.steps", "200", "--probe.train-batch", "16"]

@@ -21,6 +21,7 @@ from opsin.backbone.registry import architecture
 from opsin.commands import COMMANDS, FROM_RECIPE, launch_slurm
 from opsin.curate.recipe import read as read_curation
 from opsin.curation_commands import curate
+from opsin.data.decode import shown
 from opsin.errors import OpsinError, unknown
 from opsin.memory import keep_freed_memory
 from opsin.pretrain.presets import CONTINUED, DISTILL, preset
@@ -41,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has what it wanted
         status = 0
+    except OSError as error:  # a full disk, a name that is too long: what no command has a better word for
+        if ranks.together() or error.strerror is None:
+            raise
+        place = f" {shown(error.filename)}" if isinstance(error.filename, str) else ""
+        print(f"opsin: the system refuses{place or ' a file'}: {error.strerror}.", file=sys.stderr)
+        status = 2
     except Exception:
         if not ranks.together():
             raise

@@ -209,6 +209,19 @@ def test_columns_of_many_values_are_attributes_only_if_named(tmp_path):
     assert list(grouped(folder, table, None).attributes) == ["label", "skin"]
 
 
+def test_columns_that_come_twice_are_refused(tmp_path):
+    folder = pictures(tmp_path)
+    (tmp_path / "t.csv").write_text("path,label,label,skin\nsub/0.png,a,b,c\n")
+    with pytest.raises(OpsinError, match="has several columns 'label'"):
+        grouped(folder, tmp_path / "t.csv", "label")
+
+
+def test_a_number_that_is_none_belongs_to_no_group(tmp_path):
+    table = write_table(tmp_path / "t.parquet", rows_of(skin=[1.0, float("nan"), 2.0, 2.0, 2.0, 1.0]))
+    found = grouped(pictures(tmp_path), table, "label")
+    assert found.attributes["skin"].tolist() == ["1.0", "", "2.0", "2.0", "2.0", "1.0"]
+
+
 def test_an_empty_cell_belongs_to_no_group(tmp_path):
     table = write_table(tmp_path / "t.parquet", rows_of(skin=["dark", None, "light", "light", "light", "dark"]))
     found = grouped(pictures(tmp_path), table, "label")

@@ -55,8 +55,11 @@ def test_what_is_no_head_is_told_in_a_sentence(tmp_path):
     assert "holds decode_head.weight [3]" in told(path)
     torch.save([1, 2], path)
     assert "is not a linear head" in told(path)
-    path.write_bytes(b"no file of tensors")
-    assert "is not a linear head" in told(path)
+    for content in (b"no file of tensors", b"hello world\n", b""):
+        path.write_bytes(content)
+        assert "is not a linear head" in told(path)
+    torch.save({"weight": torch.full((CLASSES, 2 * WIDTH), torch.nan), "bias": torch.zeros(CLASSES)}, path)
+    assert "not finite" in told(path)
     (tmp_path / "head.safetensors").write_bytes(b"neither")
     assert "is not a linear head" in told(tmp_path / "head.safetensors")
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "head.safetensors")

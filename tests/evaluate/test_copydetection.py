@@ -125,9 +125,22 @@ def test_wrong_lists_are_refused(folder, tmp_path):
     refused(r"has no column first: .* it has none", text=b"")
     refused(r"lists no pair: add rows", text=b"first,second,copy\n")
     refused(r"cannot be read as a list of pairs", text=b"\xff\xfe\x00")
+    refused(r"cannot be read as a list of pairs", text=b"first,second,copy\n" + b"x" * 200_000 + b",y,1\n")
+    refused(r"has several columns 'copy': keep one", text=b"first,second,copy,copy\na,b,0,1\n")
+    contrary = [(*ROWS[0][:2], 1), (ROWS[0][1], ROWS[0][0], 0)]
+    refused(r"says of .* and .* that they are copies and that they are none", contrary)
     refused(r"cannot be read as a list of pairs", text=b"no parquet", name="pairs.parquet")
     with pytest.raises(OpsinError, match=r"there is no folder .*none: give --data"):
         read_pairs(folder / "none", write_pairs(tmp_path / "pairs.csv", ROWS))
+
+
+def test_lists_may_be_quoted_and_spaced(folder, tmp_path):
+    first, second, mark = ROWS[0]
+    text = f'"first", second ,"copy"\n\n"{first}", {second} , {mark}\n{ROWS[1][0]},{ROWS[1][1]},{ROWS[1][2]}\n'
+    (tmp_path / "pairs.csv").write_text(text)
+    images, index, copy = read_pairs(folder, tmp_path / "pairs.csv")
+    assert [images.name(i).rpartition("/")[2] for i in index[0]] == [one.rpartition("/")[2] for one in (first, second)]
+    assert copy.tolist() == [bool(mark), bool(ROWS[1][2])]
 
 
 def test_one_kind_of_pairs_in_folders_is_refused(model, folder, run, tmp_path):

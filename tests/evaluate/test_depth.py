@@ -426,7 +426,7 @@ def test_data_that_do_not_fit_are_one_sentence(model, tiles):
         ({"data": f"nyuu:{tiles}"}, "unknown published set 'nyuu'"),
         ({"test_data": str(tiles / "images"), "test_depths": tiles / "depths"}, "is given to train and to test"),
         ({"crop": (200, 300), "size": None}, None),
-        ({"scale": 0.001}, r"with --scale 0\.001, give --scale 1000 if these are millimetres, or another --max-depth"),
+        ({"scale": 0.001}, r"with --scale 0\.001, give --scale 1000 if these are millimetres, or another --scale"),
         ({"area": "eigen"}, "Eigen's crop is of depth maps of 480×640, and here is one of 120×160"),
         ({"disparity": True, "focal_times_baseline": 1e9}, r"look at --focal-times-baseline"),
         ({"head": tiles / "none.pth"}, "there is no file"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import small
 from torchvision.ops import box_iou
 
 from opsin.backbone.vit import Architecture, VisionTransformer
@@ -157,6 +158,18 @@ def test_voc_as_it_is_distributed(tmp_path):
         assert boxes[1].tolist() == [[4, 5, 7, 8]]
 
 
+def test_long_images_and_small_sizes(model, tmp_path):
+    pixels = torch.zeros(3, 20, 2000)
+    assert module._size(pixels, 448, 8) == 51  # 51·5100 pixels are 6·637 patches
+    assert module._size(torch.zeros(3, 300, 400), 448, 8) == 443
+    assert module._size(torch.zeros(3, 300, 400), 100, 8) == 100
+    folder, _ = voc_frame(tmp_path)
+    Image.new("RGB", (30, 30)).save(folder / "a.jpg")
+    given = Discovery(data=str(folder), boxes=folder / "boxes.json", size=14)
+    with pytest.raises(OpsinError, match="--size 14 is one patch"):
+        discovery(small(patch=14), given, run_in(tmp_path))
+
+
 def test_mistakes(tmp_path):
     folder, _ = voc_frame(tmp_path / "photos")
     base = voc(tmp_path)
@@ -177,10 +190,17 @@ def test_mistakes(tmp_path):
         ("[]", "is not in COCO's form"),
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, 1, 1]}]}', "that it does not list, such as 3"),
         ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "x.png: give the folder"),
+        ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, -3, 1]}]}', "of image 3 has no area"),
+        ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, NaN, 1]}]}', "of image 3 has no area"),
+        ('{"images": [], "annotations": [{"image_id": 3, "bbox": "1234"}]}', "is not in COCO's form"),
+        ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, 1]}]}', "is not in COCO's form"),
+        (f'{{"images": {"[" * 50_000}', "is not in COCO's form"),
+        ('{"images": [{"id": 1, "file_name": "x"}, {"id": 1, "file_name": "y"}], "annotations": []}', "have the id 1"),
         ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "no image of"),
     ):
         file.write_text(text)
         assert wanted in said(folder, file)
+    assert "voc2007 brings its own boxes" in said(f"voc2007:{tmp_path}", file)
     (base / "Annotations/000005.xml").write_text("<annotation")
     assert "000005.xml of VOC2007 is damaged" in said(f"voc2007:{tmp_path}")
     (base / "Annotations/000005.xml").unlink()

@@ -368,6 +368,14 @@ def test_knn_mistakes(model, run, tmp_path):
         knn(wrap(ruined), asks(good), run)
 
 
+def test_a_class_of_which_nothing_can_be_read(model, run, tmp_path):
+    root = data_set(tmp_path / "data", {"blue": 3, "red": 3})
+    for path in (root / "blue").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(OpsinError, match=r"only images of the class 'red' of .*data can be decoded to train on"):
+        knn(model, asks(root), run)
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_no_image_is_left(model, run, tmp_path, part):
     root = data_set(tmp_path / "data", {"blue": 2, "red": 2})

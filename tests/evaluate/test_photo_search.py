@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from photo_groups import crops, photographs, write_groups
 from PIL import Image
+from safetensors.torch import save_file
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
@@ -224,6 +225,37 @@ def test_wrong_places_and_numbers_are_refused(model, folder, tmp_path):
     (bad / "one.png").write_bytes(b"none")
     with pytest.raises(OpsinError, match=r"no image of .*bad can be decoded"):
         build(model, bad, tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone", "fewer rows"])
+def test_a_damaged_part_is_computed_again(model, folder, tmp_path, monkeypatch, damage, counted):
+    monkeypatch.setattr(search, "PART", 6)
+    out = tmp_path / "index"
+    build(model, folder, out)
+    part = out / "part-000001.safetensors"
+    if damage == "cut off":
+        part.write_bytes(part.read_bytes()[:200])
+    elif damage == "gone":
+        part.unlink()
+    else:
+        save_file({"vectors": torch.zeros(4, 24).half()}, part)
+    (out / "images.parquet").write_bytes(b"none")
+    counted.clear()
+    assert build(model, folder, out)["computed"] == 6
+    assert sum(counted) == 6
+    answers = query(model, out, [folder], RUN)
+    assert all(found.nearest[0][0] == found.query for found in answers.found)
+
+
+def test_parts_that_nothing_tells_of_are_not_taken_over(model, folder, tmp_path):
+    build(model, folder, tmp_path / "index")
+    (tmp_path / "index" / "index.json").unlink()
+    with pytest.raises(OpsinError, match=r"holds parts of an index, but not its index.json"):
+        build_index(model, str(folder), tmp_path / "index", RUN, size=64)
+    for text in ("[]", "5"):
+        (tmp_path / "index" / "index.json").write_text(text)
+        with pytest.raises(OpsinError, match=r"index.json of the index is damaged"):
+            build(model, folder, tmp_path / "index")
 
 
 def test_features_that_are_not_finite_are_an_error(model, folder, tmp_path):

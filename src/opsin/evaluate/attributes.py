@@ -117,6 +117,8 @@ def _csv(table: Path) -> Columns:
             header, *rows = [row for row in csv.reader(opened, strict=True) if row] or [[]]
     except (csv.Error, UnicodeDecodeError) as error:
         raise OpsinError(f"{shown(table)} cannot be read as CSV in UTF-8: {error}.") from None
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise OpsinError(f"{shown(table)} has several columns '{twice[0]}': keep one.")
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise OpsinError(
@@ -133,7 +135,13 @@ def _parquet(table: Path) -> Columns:
         read = pq.read_table(table)
     except (pa.ArrowException, OSError) as error:
         raise OpsinError(f"{shown(table)} cannot be read as Parquet: {str(error).splitlines()[0]}.") from None
-    return {name: ["" if cell is None else str(cell) for cell in read[name].to_pylist()] for name in read.column_names}
+    if twice := [name for name in read.column_names if read.column_names.count(name) > 1]:
+        raise OpsinError(f"{shown(table)} has several columns '{twice[0]}': keep one.")
+    # A number that is none (NaN, the only value that differs from itself) says nothing, as an empty cell.
+    return {
+        name: ["" if cell is None or cell != cell else str(cell) for cell in read[name].to_pylist()]
+        for name in read.column_names
+    }
 
 
 def grouped(

@@ -126,6 +126,10 @@ def read_pairs(data: Path, pairs: Path, channels: int = 3) -> tuple[ImageSet, ND
             f"row {wrong[0] + 1} of {shown(pairs)} says '{marks[wrong[0]]}' in the column copy: say 1 for a copy, 0 "
             "for none."
         )
+    known: dict[frozenset[str], str] = {}
+    for one, other, mark in zip(first, second, marks, strict=True):
+        if known.setdefault(frozenset((one, other)), mark) != mark:
+            raise OpsinError(f"{shown(pairs)} says of {one} and {other} that they are copies and that they are none.")
     names = sorted(dict.fromkeys(first + second))
     missing = [one for one in names if not (data / one).is_file()]
     if missing:
@@ -156,13 +160,15 @@ def _columns(pairs: Path) -> tuple[list[str], list[str], list[str]]:
             columns = {key: table[key].to_pylist() for key in wanted if key in held}
         else:
             text = pairs.read_text(encoding="utf-8-sig").splitlines()
-            head = text[0] if text else ""
-            separator = max(",;\t", key=head.count)
-            rows = list(csv.DictReader(text, delimiter=separator))
-            held = [part.strip() for part in head.split(separator)]
-            columns = {key: [row[key] for row in rows] for key in wanted if rows and key in rows[0]}
-    except (OSError, ValueError) as error:  # pyarrow's are of both kinds; text that is none is a ValueError
+            separator = max(",;\t", key=(text or [""])[0].count)
+            head, *rows = [row for row in csv.reader(text, delimiter=separator) if row] or [[]]
+            held = [part.strip() for part in head]
+            places = {key: held.index(key) for key in wanted if key in held}
+            columns = {key: [row[place] if place < len(row) else None for row in rows] for key, place in places.items()}
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's are of the first two; no text is a ValueError
         raise OpsinError(f"{shown(pairs)} cannot be read as a list of pairs: {error}.") from None
+    if twice := [key for key in wanted if list(held).count(key) > 1]:
+        raise OpsinError(f"{shown(pairs)} has several columns '{twice[0]}': keep one.")
     lacking = [key for key in wanted if key not in held]
     if lacking:
         raise OpsinError(

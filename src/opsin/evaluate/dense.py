@@ -77,7 +77,14 @@ def matched(
         if not folder.is_dir():
             raise OpsinError(f"there is no folder {shown(folder)}: give the one that holds the {what}.")
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() in endings)
-        stems = {os.fspath(path.relative_to(folder).with_suffix("")): path for path in files}
+        stems: dict[str, Path] = {}
+        for path in files:
+            stem = os.fspath(path.relative_to(folder).with_suffix(""))
+            if (first := stems.setdefault(stem, path)) != path:
+                raise OpsinError(
+                    f"{shown(folder)} has {shown(first.name)} and {shown(path.name)}, alike but for the ending: keep "
+                    "the one that is meant."
+                )
         if not stems:
             raise OpsinError(f"{shown(folder)} holds no {what} ({', '.join(endings)}): give the folder of the {what}.")
         found.append(stems)

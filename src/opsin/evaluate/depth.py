@@ -112,7 +112,7 @@ class Depth:
         within(
             self, "--", test_fraction=(1e-9, 1 - 1e-9), scale=(1e-9, FINITE), min_depth=(1e-9, FINITE),
             steps=(1, FINITE), images_per_step=(1, FINITE), rate=(0, FINITE), weight_decay=(0, FINITE),
-            gradient_weight=(0, FINITE), seed=(0, FINITE), disparity_offset=(0, FINITE),
+            gradient_weight=(0, FINITE), seed=(0, 2**62), disparity_offset=(0, FINITE),
         )  # fmt: skip
         for name in ("max_depth", "focal_times_baseline", "size", "crop", "warmup_steps"):
             if getattr(self, name) is not None:
@@ -129,6 +129,8 @@ class Depth:
             raise OpsinError(f"--crop {self.crop} is larger than --size {self.size}: give a smaller crop.")
         if self.head and self.save_head:
             raise OpsinError("with --head nothing is trained that --save-head could write: leave one of them out.")
+        if self.save_head is not None and self.save_head.suffix != ".safetensors":
+            raise OpsinError(f"--save-head {self.save_head} does not end in .safetensors: the head is written so.")
 
 
 class Given(NamedTuple):
@@ -218,10 +220,16 @@ def _given(model: Model, settings: Depth, data: str, depths: Path | None, option
         protocol = SETS[name].protocol
     changed = {key: getattr(settings, key) for key in ("max_depth", "size", "crop", "area")}
     protocol = replace(protocol, **{key: value for key, value in changed.items() if value is not None})
+    if settings.min_depth >= protocol.max_depth:
+        raise OpsinError(
+            f"--min-depth is {settings.min_depth:g} m, and depths of {name or shown(path)} go up to "
+            f"{protocol.max_depth:g} m: give a smaller one, or a larger --max-depth."
+        )
     found = replace(found, images=replace(found.images, channels=model.arch.channels))
     hint = "these are not the files of the set"
     if name is None:
-        hint = f"with --scale {settings.scale:g}, give --scale 1000 if these are millimetres, or another --max-depth"
+        millimetres = "" if settings.scale == 1000 else ", give --scale 1000 if these are millimetres,"
+        hint = f"with --scale {settings.scale:g}{millimetres} or another --scale or --max-depth"
     if name is None and settings.disparity:
         hint = "look at --focal-times-baseline (pixels times metres) and --scale (units per pixel of disparity)"
     check_unit(found, name or shown(path), settings.min_depth, protocol.max_depth, hint)

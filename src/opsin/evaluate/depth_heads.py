@@ -254,6 +254,8 @@ def load_head(path: Path, width: int, min_depth: float, max_depth: float) -> Dep
             "that belongs to the backbone."
         )
     head = make_head(kind, width, facts.get("min_depth", min_depth), facts.get("max_depth", max_depth))
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise OpsinError(f"{shown(path)} has values that are not finite: it is damaged, or its training diverged.")
     wanted = head.state_dict()
     wrong = sorted(wanted.keys() ^ state.keys())
     wrong += sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
@@ -273,10 +275,15 @@ def _read_ours(path: Path) -> tuple[dict[str, float], dict[str, Tensor]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
     except (OSError, SafetensorError):
         raise OpsinError(f"{shown(path)} is damaged or no safetensors file: write the head again.") from None
-    if said.get("format") != FORMAT:
-        raise OpsinError(f"{shown(path)} holds no depth head: give a file that --save-head wrote.")
-    facts = json.loads(said["head"])
-    return {name: float(facts[name]) for name in ("min_depth", "max_depth")}, state
+    try:
+        if said.get("format") != FORMAT:
+            raise ValueError
+        least, most = (float(json.loads(said["head"])[name]) for name in ("min_depth", "max_depth"))
+        if not 0 < least < most < math.inf:
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise OpsinError(f"{shown(path)} holds no depth head: give a file that --save-head wrote.") from None
+    return {"min_depth": least, "max_depth": most}, state
 
 
 _RELEASED = (
@@ -298,7 +305,7 @@ def _read_released(path: Path) -> dict[str, Tensor]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         stored = stored.get("state_dict", stored)
-        found = {name: tensor for name, tensor in stored.items() if name.startswith("decode_head.")}
+        found = {name: tensor.float() for name, tensor in stored.items() if name.startswith("decode_head.")}
     except Exception:  # a file that is none of torch's makes it raise almost anything
         raise OpsinError(
             f"{shown(path)} cannot be read as a head of the official release: load it again, or give a .safetensors "
@@ -311,12 +318,15 @@ def _read_released(path: Path) -> dict[str, Tensor]:
             if re.fullmatch(theirs, short):
                 short = re.sub(theirs, ours, short)
                 break
-        state[short] = tensor[:, :, 0, 0] if short == "scores.weight" else tensor
+        state[short] = tensor[:, :, 0, 0] if short == "scores.weight" and tensor.ndim == 4 else tensor
     return state
 
 
 def _kind_of(state: dict[str, Tensor], path: Path, width: int) -> tuple[HeadKind, int]:
     """The kind of a head and the width of its backbone, from its tensors; `width` is that of the backbone at hand."""
+    for name in ("readout.0.weight", "scores.weight"):
+        if name in state and state[name].ndim != 2:
+            raise OpsinError(f"{shown(path)} is no depth head: its {name} has the shape {list(state[name].shape)}.")
     if "readout.0.weight" in state:
         return "dpt", len(state["readout.0.weight"])
     if "scores.weight" not in state:

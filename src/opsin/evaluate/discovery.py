@@ -22,6 +22,8 @@ from opsin.evaluate.task import Picture, Result, Run, Table
 
 FAINT = 1e-5
 """Weight of an edge between patches that are not alike: the graph stays connected (TokenCut)."""
+MOST = 4096
+"""Patches of an image at most: their similarities are a matrix, whose eigenvectors are sought."""
 RIGHT = 0.5
 """A box is right if its intersection over union with that of an object is at least this."""
 PART = 64
@@ -42,7 +44,7 @@ class Discovery:
     """How patches are parted in two: by a normalised cut of their similarities (TokenCut, Wang et al., 2202.11539), or
     by 2-means of their features."""
     size: int = 448
-    """Shorter side of an image in pixels; its aspect is kept."""
+    """Shorter side of an image in pixels; its aspect is kept. Less for long ones, which have 4,096 patches at most."""
     threshold: float = 0.2
     """Cosine similarity above which two patches are alike, for the cut."""
 
@@ -167,13 +169,22 @@ def _box(model: Model, images: ImageSet, index: int, settings: Discovery) -> lis
         pixels = images.read(index)
     except DecodeError as error:
         return error.reason
-    batch = model.extractor.preprocess(pixels, settings.size)[None]
+    batch = model.extractor.preprocess(pixels, _size(pixels, settings.size, model.arch.patch))[None]
+    if batch.shape[-2] * batch.shape[-1] <= model.arch.patch**2:
+        raise OpsinError(f"--size {settings.size} is one patch of {model.arch.patch} pixels: give a larger one.")
     inside = find(model.extractor.features(batch).patches[0], settings.method, settings.threshold)
     rows, columns = (inside.any(axis).nonzero()[:, 0] for axis in (1, 0))
     h, w = inside.shape
     height, width = pixels.shape[1:]
     x, y = width / w, height / h
     return [columns[0].item() * x, rows[0].item() * y, (columns[-1].item() + 1) * x, (rows[-1].item() + 1) * y]
+
+
+def _size(pixels: Tensor, size: int, patch: int) -> int:
+    """The shorter side that is asked for, or a smaller one with which a long image has no more than `MOST` patches."""
+    height, width = pixels.shape[-2:]
+    most = patch * (MOST * min(height, width) / max(height, width)) ** 0.5
+    return max(min(size, int(most)), patch)
 
 
 def _picture(pixels: Tensor, box: list[float], truth: Tensor, name: str) -> Picture:

@@ -21,6 +21,7 @@ from opsin.evaluate.attributes import ByGroup, Gap, Grouped, Share, by_group, gr
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.datasets.classification import SETS, read_set
 from opsin.evaluate.datasets.fairness import GROUP_SETS
+from opsin.evaluate.datasets.layout import understood
 from opsin.evaluate.metrics import counted
 from opsin.evaluate.model import Model
 from opsin.evaluate.pooled import Pooled, features
@@ -82,7 +83,7 @@ class Fairness:
     """The linear classifier; images are tested at its `size`."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), threshold=(0, 1), repeats=(1, FINITE), smallest=(1, FINITE))
+        within(self, "--", seed=(0, 2**62), threshold=(0, 1), repeats=(1, FINITE), smallest=(1, FINITE))
         if self.top is not None:
             within(self, "--", top=(1, FINITE))
         if not 0 < self.test_fraction < 1:
@@ -208,7 +209,8 @@ def _table(settings: Fairness) -> tuple[Grouped, str, int]:
             raise OpsinError(f"{name} brings its own table: leave out --table and the names of its columns.")
         if settings.train_data is None:
             raise OpsinError(f"{name} only tests: give --train-data imagenet:PATH, whose classes its labels are.")
-        return GROUP_SETS[name].read(Path(path)), GROUP_SETS[name].title, GROUP_SETS[name].top
+        with understood(Path(path), f"the site of {GROUP_SETS[name].title}"):
+            return GROUP_SETS[name].read(Path(path)), GROUP_SETS[name].title, GROUP_SETS[name].top
     if settings.table is None:
         raise OpsinError("images of one's own need a table with their attributes: give --table, a CSV or Parquet file.")
     label_column = None if settings.groups else settings.label_column

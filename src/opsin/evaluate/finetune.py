@@ -90,7 +90,7 @@ class Finetune:
     """Folder for the tuned backbone, backbone.safetensors as any other, and its head, head.safetensors."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), size=(1, FINITE), epochs=(1, FINITE), train_batch=(1, FINITE))
+        within(self, "--", seed=(0, 2**62), size=(1, FINITE), epochs=(1, FINITE), train_batch=(1, FINITE))
         within(self, "--", rate=(0, 1e3), layer_decay=(0, 1), weight_decay=(0, 1e3), smoothing=(0, 1), lora=(0, 1e4))
         within(self, "--", warmup=(0, 1), last_rate=(0, 1))
         if self.shorter is not None:
@@ -175,7 +175,7 @@ def finetune(model: Model, settings: Finetune, run: Run) -> Result:
             "classes": [shown(one) for one in train.classes],
             "per_class": {shown(one): value for one, value in by_class if value == value},  # NaN: none is tested
         },
-        left_out=[(test.name(index), reason) for index, reason in sorted(found.bad.items())],
+        left_out=[*first.left_out, *((test.name(index), reason) for index, reason in sorted(found.bad.items()))],
         outcomes=None if measured.outcomes is None else measured.outcomes.numpy(),
     )
 

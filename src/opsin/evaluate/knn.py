@@ -55,7 +55,7 @@ class Knn:
     def __post_init__(self) -> None:
         if not self.k:
             raise OpsinError("--k is empty: give numbers of neighbours, for example 20.")
-        within(self, "--", k=(1, FINITE), size=(1, FINITE), seed=(0, FINITE), temperature=(1e-6, FINITE))
+        within(self, "--", k=(1, FINITE), size=(1, FINITE), seed=(0, 2**62), temperature=(1e-6, FINITE))
         within(self, "--", shots=(1, FINITE), tries=(1, FINITE))
 
 

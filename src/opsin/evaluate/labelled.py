@@ -14,7 +14,7 @@ from opsin.evaluate.datasets.classification import SETS, allowed, read_set
 from opsin.evaluate.metrics import Measured
 from opsin.evaluate.model import Model
 from opsin.evaluate.pooled import features
-from opsin.evaluate.sets import ImageSet, named, train_and_test
+from opsin.evaluate.sets import ImageSet, named, several_classes, train_and_test
 from opsin.evaluate.task import Run
 from opsin.evaluate.transforms import Transform
 
@@ -82,6 +82,7 @@ def labelled(
     own_test = read_set(name, Path(path), SETS[name].test) if name and test_data else test
     answers = allowed(own_test, train.classes)
     learnt, measured = (_part(model, images, transform, run) for images in (train, test))
+    several_classes(learnt.labels.cpu().numpy(), train.where, train.classes)
     return Labelled(
         learnt,
         measured,

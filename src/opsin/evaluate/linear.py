@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.decode import shown
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import OpsinError, within
 from opsin.evaluate.classifier import Classifier, load, save
 from opsin.evaluate.datasets.classification import SETS, Metric, allowed, metric_of, read_set
 from opsin.evaluate.metrics import Measured, of_scores
@@ -49,11 +49,13 @@ class Linear:
     """How heads are trained."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE))
+        within(self, "--", seed=(0, 2**62))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
         if self.head is not None and self.save_head is not None:
             raise OpsinError("--head is measured as it is, so --save-head has nothing to write: leave out one of them.")
+        if self.save_head is not None and self.save_head.suffix != ".safetensors":
+            raise OpsinError(f"--save-head {self.save_head} does not end in .safetensors: the head is written so.")
 
 
 def linear(model: Model, settings: Linear, run: Run) -> Result:
@@ -76,16 +78,18 @@ def linear(model: Model, settings: Linear, run: Run) -> Result:
     metric = _metric(settings.test_data or settings.data)
     further = [(_name(spec), *further_set(spec, train, model.arch.channels)) for spec in settings.also]
     facts: dict[str, Any] = {}
+    left_out: list[tuple[str, str]] = []
     if settings.head is not None:
         classifier = load(settings.head, model.arch.width, len(train.classes))
         known = features(model, test, Centre(settings.probe.size), run)
     else:
         fitted = fit(model, train, test, settings.probe, run, metric)
         classifier, facts, known = fitted.classifier, fitted.facts, fitted.test
+        left_out += fitted.left_out
         if settings.save_head is not None:
             save(classifier, settings.save_head)
     measured = measure(classifier, test, known, metric)
-    left_out = left_out_of(test, known)
+    left_out += left_out_of(test, known)
     rows = [(_name(settings.test_data or settings.data, test), measured)]
     metrics: dict[str, float] = {metric: measured.value}
     for name, images, mask, its_metric in further:
@@ -152,6 +156,8 @@ def _name(spec: str, images: ImageSet | None = None) -> str:
 def further_set(spec: str, train: ImageSet, channels: int) -> tuple[ImageSet, Tensor | None, Metric]:
     """A further test set in the numbering of `train`, the classes that an answer may be, and what is counted."""
     name, path = named(spec, SETS)
+    if name == "imagenet-c":
+        raise OpsinError("imagenet-c has a test set for each corruption and severity: give it to robustness --tests.")
     images = own(spec, channels) if name is None else read_set(name, Path(path), SETS[name].test)
     answers = allowed(images, train.classes)
     return replace(images, labels=in_classes_of(images, train), classes=train.classes), answers, _metric(spec)

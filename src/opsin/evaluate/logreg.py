@@ -51,7 +51,7 @@ class Logreg:
     """Most iterations of conjugate gradients for one C; details say for which C they did not suffice."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), size=(1, FINITE), values=(1, 10_000), max_iterations=(1, FINITE))
+        within(self, "--", seed=(0, 2**62), size=(1, FINITE), values=(1, 10_000), max_iterations=(1, FINITE))
         within(self, "--", lowest=(-12, 12), highest=(-12, 12))
         if self.lowest > self.highest:
             raise OpsinError(f"--lowest {self.lowest:g} is above --highest {self.highest:g}: exchange them.")

@@ -6,7 +6,7 @@ trains on the same batches (paper, B.3); the best head *on the test images* is t
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from opsin.evaluate.heads import Descent, Heads, Kind, predictions, rows_of
 from opsin.evaluate.metrics import of_predictions
 from opsin.evaluate.model import Model
 from opsin.evaluate.pooled import Known, Pooled, features, pool
-from opsin.evaluate.sets import ImageSet
+from opsin.evaluate.sets import ImageSet, several_classes
 from opsin.evaluate.store import place
 from opsin.evaluate.task import Run
 from opsin.evaluate.training import train as training
@@ -55,7 +55,7 @@ class Probe:
     """Of the initial heads, the order and the crops."""
 
     def __post_init__(self) -> None:
-        within(self, "--probe.", steps=(1, FINITE), train_batch=(1, FINITE), size=(1, FINITE), probe_seed=(0, FINITE))
+        within(self, "--probe.", steps=(1, FINITE), train_batch=(1, FINITE), size=(1, FINITE), probe_seed=(0, 2**62))
         if not self.blocks or min(self.blocks) < 1 or len(set(self.blocks)) < len(self.blocks):
             raise OpsinError(f"--probe.blocks is {self.blocks}: give different numbers of blocks, such as 1 4.")
 
@@ -81,6 +81,8 @@ class Fitted:
     the entry of the best."""
     test: Known
     """Features of the test images."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """Training images that cannot be read, each with the reason; with random crops it is not known which were met."""
 
 
 def fit(
@@ -109,8 +111,10 @@ def fit(
     classes = len(train.classes)
     if settings.crops == "centre":
         kept = features(model, train, Centre(settings.size), run)
+        several_classes(labels[kept.good].numpy(), train.where, train.classes)
         args = kept.pooled.rows(kept.good), labels[kept.good], pooled, test_labels, classes, settings, run, model.device
-        return Fitted(*fit_pooled(*args, key, metric), known)
+        bad = [(train.name(index), reason) for index, reason in sorted(kept.bad.items())]
+        return Fitted(*fit_pooled(*args, key, metric), known, bad)
     _check_blocks(settings, pooled)
 
     def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:

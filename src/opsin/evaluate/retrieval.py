@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from opsin.data.decode import DecodeError
 from opsin.errors import FINITE, OpsinError, within
+from opsin.evaluate.datasets.layout import understood
 from opsin.evaluate.datasets.retrieval import SETS, MetSet, RetrievalSet, groups
 from opsin.evaluate.met import recognise
 from opsin.evaluate.model import Model
@@ -69,7 +70,11 @@ def retrieval(model: Model, settings: Retrieval, run: Run) -> Result:
         raise OpsinError(f"{name} brings its own queries: leave out --queries.")
     published = None if name is None else SETS[name]
     channels = model.arch.channels
-    found = published.read(Path(path)) if published else groups(settings.data, settings.queries, channels)
+    if published:
+        with understood(Path(path), published.source):
+            found = published.read(Path(path))
+    else:
+        found = groups(settings.data, settings.queries, channels)
     resize = settings.resize or (published.resize if published else "whole")
     transform = transform_of(resize, settings.size or (published.size if published else 224), model.arch)
     whiten = published is not None and published.whiten if settings.whitening is None else settings.whitening == "pca"

@@ -17,7 +17,7 @@ from opsin.backbone.features import evaluation_transform
 from opsin.data.decode import DecodeError
 from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
-from opsin.errors import FINITE, OpsinError, unknown, within
+from opsin.errors import OpsinError, unknown, within
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.corruptions import EXTRA, KINDS, SEVERITIES, Stored, applied, drawn, missing
 from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
@@ -83,7 +83,7 @@ class Robustness:
     224."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), severities=(1, 5))
+        within(self, "--", seed=(0, 2**62), severities=(1, 5))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
         if not self.severities or len(set(self.severities)) < len(self.severities):
@@ -123,15 +123,17 @@ def robustness(model: Model, settings: Robustness, run: Run) -> Result:
     if settings.kinds and not kinds:
         raise OpsinError(f"no corruption is left to measure: {'; '.join(f'{k}: {why}' for k, why in lacking.items())}.")
 
+    left_out: list[tuple[str, str]] = []
     if settings.head is not None:
         classifier = load(settings.head, model.arch.width, len(train.classes))
         known = features(model, test, Centre(settings.probe.size), run)
     else:
         fitted = fit(model, train, test, settings.probe, run)
         classifier, known = fitted.classifier, fitted.test
+        left_out += fitted.left_out
     measured = measure(classifier, test, known, "accuracy")
     outcomes, clean = measured.outcomes, {"accuracy": measured.value}
-    left_out = left_out_of(test, known)
+    left_out += left_out_of(test, known)
 
     conditions = [(kind, severity) for kind in kinds for severity in settings.severities]
     classifier = replace(classifier, weight=classifier.weight.to(model.device), bias=classifier.bias.to(model.device))

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +41,8 @@ VERSION = 1
 """Counts up when the files of an index change their meaning."""
 PART = 4096
 """Images in a part: what an interruption can cost."""
+FACTS = {"digest", "precision", "transform", "feature", "size", "resize", "data", "whole"}
+"""What index.json must say."""
 
 Stamp = tuple[str, int, int]
 """Name, bytes and time of an image; -1 for both in a shard."""
@@ -110,10 +112,9 @@ def build_index(
         facts = how | {"model": model.name, "data": source.root, "fingerprint": source.fingerprint}
         try:
             return _update(model, source, out, transform, feature, run, facts, before)
-        except OSError as error:
-            raise OpsinError(
-                f"cannot write into --out {out}: {error.strerror or error}. Choose another folder."
-            ) from None
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise OpsinError(f"cannot write into --out {out}: {reason}. Choose another folder.") from None
 
 
 def _update(
@@ -129,8 +130,13 @@ def _update(
     stamps = [_stamp(source, i) for i in range(len(source))]
     same_shards = before is not None and before["fingerprint"] == source.fingerprint
     kept: dict[Stamp, tuple[int, int, str]] = {}
-    numbers = sorted(int(path.stem.partition("-")[2]) for path in out.glob("part-*.parquet"))
-    for number in numbers:
+    numbers = sorted(int(path.stem.partition("-")[2]) for path in out.glob("part-[0-9]*.parquet"))
+    if numbers and before is None:
+        raise OpsinError(
+            f"{out} holds parts of an index, but not its index.json, which says what made them: delete the folder, or "
+            "choose another --out."
+        )
+    for number in [number for number in numbers if _is_whole(out, number)]:  # a damaged one is computed again
         for row, (name, size, time, reason) in enumerate(_read_part(out, number)):
             if size >= 0 or same_shards:
                 kept[name, size, time] = (number, row, reason)
@@ -150,7 +156,7 @@ def _update(
             _write_part(out, next_number, found, rows)
             kept |= {stamps[i]: (next_number, row, bad.get(row, "")) for row, i in enumerate(chosen)}
             next_number += 1
-    old = set(_read_table(out / "images.parquet")["place"]) if before is not None and before["whole"] else set()
+    old = _places(out) if before is not None and before["whole"] else set()
     live = [(shown(source.place(i)), *kept[stamp]) for i, stamp in enumerate(stamps)]
     good = [(place, number, row) for place, number, row, reason in live if not reason]
     left_out = [(place, reason) for place, _, _, reason in live if reason]
@@ -355,13 +361,31 @@ def _read_vectors(out: Path, number: int) -> Tensor:
         raise _damaged(path, error) from None
 
 
+def _places(out: Path) -> set[str]:
+    """The images that an index had; none if the file is damaged, which is made anew."""
+    try:
+        return set(parquet.read_table(out / "images.parquet")["place"].to_pylist())
+    except (OSError, KeyError, pa.ArrowException):
+        return set()
+
+
+def _is_whole(out: Path, number: int) -> bool:
+    """Whether a part has a vector for each of its rows."""
+    try:
+        with safe_open(_part(out, number, "safetensors"), "pt") as file:
+            vectors = file.get_slice("vectors").get_shape()[0]
+        return bool(parquet.read_metadata(_part(out, number, "parquet")).num_rows == vectors)
+    except (OSError, SafetensorError, pa.ArrowException):
+        return False
+
+
 def _read_facts(index: Path) -> dict[str, Any]:
     path = index / "index.json"
     if not path.is_file():
         raise OpsinError(f"{shown(index)} is no index: make one with opsin index.")
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
-        if not {"digest", "precision", "transform", "feature", "size", "resize", "data", "whole"} <= facts.keys():
+        if not isinstance(facts, dict) or not facts.keys() >= FACTS:
             raise ValueError("entries are missing")
     except ValueError as error:
         raise _damaged(path, error) from None

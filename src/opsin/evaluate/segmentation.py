@@ -120,7 +120,8 @@ class Segmentation:
         for name in ("blocks", "crop", "shorter", "stride", "scales", "ratios", "classes"):
             if getattr(self, name) is not None:
                 low = {"classes": 2, "scales": 0.01, "ratios": 0.01}.get(name, 1)
-                within(self, "--", **{name: (low, 65536 if name == "classes" else FINITE)})
+                high = {"classes": 65536, "scales": 16, "ratios": 16}.get(name, FINITE)
+                within(self, "--", **{name: (low, high)})
         if self.ratios is not None and self.ratios[0] > self.ratios[1]:
             raise OpsinError(f"--ratios {self.ratios[0]:g} {self.ratios[1]:g} go down: give the smaller one first.")
         if self.scales == ():

@@ -144,6 +144,8 @@ def load_head(path: Path, width: int, depth: int) -> SegmentationHead:
             f"{shown(path)} is a head on {channels} features per patch, and this backbone has {width} in each of "
             f"{depth} blocks: give the head that was trained on it."
         )
+    if not all(stored[name].isfinite().all() for name in names):
+        raise OpsinError(f"{shown(path)} has values that are not finite: it is damaged, or its training diverged.")
     head = SegmentationHead(width, blocks, classes)
     counted = {"bn.num_batches_tracked": torch.tensor(0), **stored}
     try:
@@ -160,11 +162,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make both readers raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception:  # damaged files make both readers raise almost anything
         raise OpsinError(
-            f"{shown(path)} cannot be read as a segmentation head ({reason}): give a .safetensors file that "
-            "--save-head wrote, or a .pth file of the official release."
+            f"{shown(path)} cannot be read as a segmentation head: give a .safetensors file that --save-head wrote, or "
+            "a .pth file of the official release."
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    pairs = state.items() if isinstance(state, dict) else ()
+    return {name: value for name, value in pairs if isinstance(name, str) and isinstance(value, Tensor)}

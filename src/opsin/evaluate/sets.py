@@ -173,6 +173,13 @@ def split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> tuple[N
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
+def several_classes(labels: NDArray[np.int64], where: str, classes: Sequence[str]) -> None:
+    """An OpsinError unless the images that can be read, with labels `[N]`, are of two classes or more."""
+    if labels.ndim == 1 and len(left := np.unique(labels)) < 2:
+        only = f"only images of the class '{shown(classes[left[0]])}'" if len(left) else "no images"
+        raise OpsinError(f"{only} of {where} can be decoded to train on: replace the damaged files.")
+
+
 def in_classes_of(test: ImageSet, train: ImageSet) -> NDArray[np.int64]:
     """The labels of `test` in the numbering of the classes of `train`, of the same shape (columns for `[N, K]`).
 

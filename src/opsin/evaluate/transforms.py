@@ -9,6 +9,10 @@ from torch import Tensor
 
 from opsin.backbone.features import evaluation_transform
 from opsin.constants import normalisation
+from opsin.data.decode import DecodeError
+
+LONGEST = 32
+"""Times that one side of an image may be the other, if it is seen whole: attention grows with the square of it."""
 
 
 class Transform(Protocol):
@@ -84,8 +88,14 @@ class Whole:
         return f"whole-{'longer-' if self.longer else ''}{self.size}-by-{self.patch}"
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """float32 `[C, h, w]`."""
+        """float32 `[C, h, w]`.
+
+        Raises:
+            DecodeError: one side is more than `LONGEST` times the other.
+        """
         sides = pixels.shape[-2:]
+        if not self.longer and max(sides) > LONGEST * min(sides):
+            raise DecodeError(None, f"one side is more than {LONGEST} times the other, too long to be seen whole")
         scale = self.size / (max(sides) if self.longer else min(sides)) / self.patch
         extra = 1e-6 if self.longer else 0.5  # 1e-6: a side that is a multiple stays one
         return _normalised(_resized(pixels, [max(1, int(side * scale + extra)) * self.patch for side in sides]))

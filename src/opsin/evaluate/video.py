@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.data.decode import shown
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import OpsinError, within
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.clips import ClipSet, clip_features, own_clips
+from opsin.evaluate.datasets.layout import understood
 from opsin.evaluate.datasets.video import VIDEO_SETS
 from opsin.evaluate.metrics import of_scores
 from opsin.evaluate.model import Model
 from opsin.evaluate.pooled import Pooled
 from opsin.evaluate.probe import Probe, fit_pooled
-from opsin.evaluate.sets import named, split
+from opsin.evaluate.sets import named, several_classes, split
 from opsin.evaluate.task import Result, Run, Table
 from opsin.evaluate.transforms import Centre
 
@@ -51,7 +52,7 @@ class Video:
     features of frames are computed once."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, FINITE), frames=(1, 1024))
+        within(self, "--", seed=(0, 2**62), frames=(1, 1024))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
 
@@ -75,6 +76,7 @@ def video(model: Model, settings: Video, run: Run) -> Result:
         known = clip_features(model, clips, settings.frames, combine, Centre(settings.probe.size), run)
         readable.append((known.pooled.rows(known.good), torch.from_numpy(clips.labels)[known.good], known.bad))
     (pooled, labels, bad), (test_pooled, test_labels, test_bad) = readable
+    several_classes(labels.numpy(), train.where, train.classes)
     classifier, chosen = fit_pooled(
         pooled,
         labels,
@@ -142,7 +144,8 @@ def _sets(settings: Video) -> tuple[ClipSet, ClipSet, str]:
     if name is not None:
         if settings.test_data is not None:
             raise OpsinError(f"{name} brings its own test part: leave out --test-data.")
-        train, test = (VIDEO_SETS[name].read(Path(path), part) for part in ("train", "test"))
+        with understood(Path(path), f"the site of {VIDEO_SETS[name].title}"):
+            train, test = (VIDEO_SETS[name].read(Path(path), part) for part in ("train", "test"))
     else:
         train = own_clips(Path(path))
         if len(train.classes) < 2:

@@ -157,6 +157,26 @@ def sunrgbd(root, millimetres=(1234, 8191, 9500)):
     savemat(folder / "allsplit.mat", {"alltest": cells, "alltrain": cells[:, :1]})
 
 
+def test_damaged_lists_are_one_sentence(tmp_path):
+    nyu(tmp_path)
+    for text in (b"\xff\xfe", b"\n"):
+        (tmp_path / "nyu_train.txt").write_bytes(text)
+        with pytest.raises(OpsinError, match=r"are not the official ones|is empty: take it from"):
+            read_set("nyu", tmp_path, "train")
+    other = tmp_path / "official"
+    other.mkdir()
+    (other / "splits.mat").write_text("text " * 99)
+    (other / "nyu_depth_v2_labeled.mat").write_bytes(b"no HDF5")
+    with pytest.raises(OpsinError, match=r"splits.mat is damaged or no MATLAB file"):
+        read_set("nyu", other, "test")
+    savemat(other / "splits.mat", {"trainNdxs": [[1]]})
+    with pytest.raises(OpsinError, match=r"are not the official ones \(KeyError: 'testNdxs'\)"):
+        read_set("nyu", other, "test")
+    savemat(other / "splits.mat", {"testNdxs": [[1], [4]]})
+    with pytest.raises(OpsinError, match=r"nyu_depth_v2_labeled.mat are not the official ones"):
+        read_set("nyu", other, "test").target(0)
+
+
 def test_sunrgbd_by_its_split_with_decoded_millimetres(tmp_path):
     sunrgbd(tmp_path)
     found = read_set("sunrgbd", tmp_path, "test")
@@ -209,6 +229,10 @@ def test_folders_are_paired_by_name(tmp_path):
     found = pairs(*own(tmp_path), scale=1000)
     assert first_values(found) == pytest.approx([2.0, 2.001, 2.002])
     assert pairs(*own(tmp_path), scale=100).images.fingerprint != found.images.fingerprint
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "room" / "2.png")
+    with pytest.raises(OpsinError, match=r"has 2.jpg and 2.png, alike but for the ending"):
+        pairs(tmp_path / "images", tmp_path / "depths")
+    (tmp_path / "images" / "room" / "2.png").unlink()
     (tmp_path / "depths" / "room" / "1.png").unlink()
     with pytest.raises(OpsinError, match=r"1 of 3 files .* have no target of the same name, such as room/1"):
         pairs(tmp_path / "images", tmp_path / "depths")

@@ -1,8 +1,10 @@
 """Readers of masks: miniatures with the layout of the published sets, folder pairs, and what is wrong with them."""
 
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import imgviz
 import numpy as np
@@ -234,6 +236,22 @@ def test_masks_are_read_as_they_are_stored(tmp_path, dtype, palette):
         found = read_mask(given, "m.png")
         assert np.array_equal(found, stored)
         assert found.dtype == (np.uint16 if dtype is np.uint16 else np.uint8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_hold_what_is_stored(tmp_path, bits):
+    stored = RNG.integers(0, 2**bits, (5, 16))
+    rows = np.unpackbits(stored.astype(np.uint8)[:, :, None], axis=2)[:, :, -bits:].reshape(5, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(rows, axis=1))  # \0: no filter
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 16, 5, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    (tmp_path / "m.png").write_bytes(png)
+    for given in (tmp_path / "m.png", png):
+        assert np.array_equal(read_mask(given, "m.png"), stored)
 
 
 def test_masks_that_are_none(tmp_path):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from math import isfinite
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,6 +31,8 @@ def read_boxes(data: str, boxes: Path | None) -> tuple[ImageSet, list[Tensor]]:
         OpsinError: a file is missing or says something else, or no image has a box.
     """
     name, path = named(data, VOC)
+    if name is not None and boxes is not None:
+        raise OpsinError(f"{name} brings its own boxes: leave out --boxes.")
     if name is not None:
         paths, found = _voc(Path(path), VOC[name])
     elif boxes is None:
@@ -68,6 +71,8 @@ def _voc(path: Path, folder: str) -> tuple[list[Path], list[Tensor]]:
         except (ElementTree.ParseError, ValueError) as error:
             raise OpsinError(f"the annotation {name}.xml of {folder} is damaged ({error}): unpack it again.") from None
         # VOC counts pixels from 1, and the last one belongs to the box.
+        if any(right <= left or bottom <= top for left, top, right, bottom in sides):
+            raise OpsinError(f"the annotation {name}.xml of {folder} has a box without area: unpack it again.")
         found.append(torch.tensor(sides).reshape(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0]))
         paths.append(root / "JPEGImages" / f"{name}.jpg")
     return _there(paths), found
@@ -78,10 +83,14 @@ def _coco(folder: Path, boxes: Path) -> tuple[list[Path], list[Tensor]]:
         tree = json.loads(_text(boxes))
         sides = defaultdict(list)
         for one in tree["annotations"]:
-            left, top, width, height = map(float, one["bbox"])
+            left, top, width, height = (float(number) for number in one["bbox"] if not isinstance(one["bbox"], str))
+            if not all(map(isfinite, (left, top, width, height))) or min(width, height) <= 0:
+                raise ValueError(f"the box {one['bbox']} of image {one['image_id']} has no area")
             sides[one["image_id"]].append([left, top, left + width, top + height])
         images = [(image["id"], folder / image["file_name"]) for image in tree["images"]]
-    except (ValueError, TypeError, KeyError) as error:
+        if twice := [number for number, count in Counter(number for number, _ in images).items() if count > 1]:
+            raise ValueError(f"several images have the id {twice[0]}")
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise OpsinError(
             f"{shown(boxes)} is not in COCO's form ({type(error).__name__}: {error}): it must hold images (id, "
             "file_name) and annotations (image_id, bbox)."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsin.errors import OpsinError, unknown
-from opsin.evaluate.datasets import imagenet, nature, simclr
+from opsin.evaluate.datasets import imagenet, layout, nature, simclr
 from opsin.evaluate.sets import ImageSet, named
 
 Metric = Literal["accuracy", "per_class", "voc_map"]
@@ -75,7 +75,8 @@ def read_set(name: str, path: Path, part: str) -> ImageSet:
         raise unknown("published set", name, SETS)
     if not part:
         raise OpsinError(f"{name} has images to test on only: train on another set, such as imagenet:PATH.")
-    return SETS[name].read(path, part)
+    with layout.understood(path, SETS[name].source):
+        return SETS[name].read(path, part)
 
 
 def metric_of(spec: str) -> Metric:

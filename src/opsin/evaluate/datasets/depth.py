@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opsin.data.decode import shown
 from opsin.errors import OpsinError, unknown
+from opsin.evaluate.datasets.layout import understood
 from opsin.evaluate.dense import EXAMPLES, PairSet, matched
 from opsin.evaluate.depth_loss import known
 from opsin.evaluate.depth_views import Protocol
@@ -60,7 +61,8 @@ def read_set(name: str, path: Path, part: str) -> PairSet:
         )
     if not path.is_dir():
         raise OpsinError(f"there is no folder {shown(path)}: give {name}:PATH with {SETS[name].source}.")
-    return SETS[name].read(path, part)
+    with understood(path, SETS[name].source):
+        return SETS[name].read(path, part)
 
 
 def pairs(
@@ -139,7 +141,7 @@ def _values(path: Path) -> NDArray[Any]:
             return np.asarray(np.load(path, allow_pickle=False))
         with Image.open(path) as image:
             return np.array(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else "it is damaged or no depth map"
         raise OpsinError(f"cannot read the depth {shown(path)}: {reason}.") from None
 
@@ -186,6 +188,8 @@ def _list(root: Path, names: Sequence[str], source: str) -> list[tuple[str, str]
     for name in names:
         if (root / name).is_file():
             lines = [line.split() for line in (root / name).read_text().splitlines() if line.strip()]
+            if not lines:
+                raise OpsinError(f"{shown(root / name)} is empty: take it from {source}.")
             if any(len(line) < 2 for line in lines):
                 raise OpsinError(f"{shown(root / name)} has lines without image and depth: take it from {source}.")
             return [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if line[1] != "None"]
@@ -237,7 +241,7 @@ def _nyu_official(path: Path, part: str) -> PairSet:
     chosen = np.asarray(splits[key], dtype=np.int64).ravel() - 1  # MATLAB counts from 1
 
     def frame(name: str, index: int) -> NDArray[Any]:
-        with h5py.File(path, "r") as file:  # opened for each: a file is not shared by threads
+        with understood(path, SETS["nyu"].source), h5py.File(path, "r") as file:  # each its own: threads share none
             return np.asarray(file[name][int(chosen[index])])
 
     def photo(index: int) -> Tensor:
@@ -319,7 +323,7 @@ def _mat(path: Path, source: str) -> dict[str, Any]:
         raise OpsinError(f"{shown(path)} is read with scipy, which is missing: pip install 'opsin[eval]'.") from None
     try:
         variables: dict[str, Any] = loadmat(path)
-    except (ValueError, TypeError, NotImplementedError):
+    except Exception:  # a damaged file makes scipy raise almost anything
         raise OpsinError(f"{shown(path)} is damaged or no MATLAB file: take it from {source}.") from None
     return variables
 

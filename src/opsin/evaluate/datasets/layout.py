@@ -1,8 +1,9 @@
 """Where the parts of a published set lie below the folder that a user gives, and what to say if one is missing."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,17 @@ def needs_scipy(name: str) -> Callable[..., dict[str, Any]]:
         raise OpsinError(f"{name} needs scipy, which is missing: pip install 'opsin[eval]'.") from error
     reader: Callable[..., dict[str, Any]] = loadmat
     return reader
+
+
+@contextlib.contextmanager
+def understood(path: Path, source: str) -> Iterator[None]:
+    """Reads the lists of a published set: those that are others than expected make readers raise almost anything."""
+    try:
+        yield
+    except (OpsinError, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(path, error, source) from error
 
 
 def damaged(path: Path, error: Exception, source: str) -> OpsinError:

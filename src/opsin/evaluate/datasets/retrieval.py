@@ -175,7 +175,9 @@ def revisited(path: Path, name: str, title: str, source: str) -> RetrievalSet:
         outside = any(((v < 0) | (v >= len(names))).any() for one in truth for v in one.values())
         if outside or len(truth) != len(asked) or not len(asked):
             raise ValueError("its lists do not line up")
-    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
+        if not (boxes[:, 2:] - boxes[:, :2] >= 1).all():  # of numbers that are none, too
+            raise ValueError("a query's box has no area")
+    except Exception as error:  # a damaged pickle may raise almost anything
         raise OpsinError(
             f"{shown(at)} is not the annotation of {title} ({type(error).__name__}: {error}): take the file from "
             f"{source}."

@@ -26,7 +26,7 @@ from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
 from opsin.errors import OpsinError, unknown
 from opsin.evaluate.datasets.archives import Files, files
-from opsin.evaluate.datasets.layout import EXAMPLES, examples, find, missing, of_members
+from opsin.evaluate.datasets.layout import EXAMPLES, examples, find, missing, of_members, understood
 from opsin.evaluate.dense import PairSet, matched
 from opsin.evaluate.segmentation_head import IGNORED
 from opsin.evaluate.sets import ImageSet
@@ -86,7 +86,10 @@ def read_mask(stored: Path | bytes | Tensor, name: str) -> NDArray[Any]:
             mode = image.mode
             if mode in ("P", "L", "1", "I", "I;16", "I;16B"):
                 values = np.asarray(image)
-                return values.astype(np.uint16 if values.dtype.itemsize > 1 else np.uint8)
+                values = values.astype(np.uint16 if values.dtype.itemsize > 1 else np.uint8)
+                if mode == "L" and (bits := _bits(stored)) < 8:  # Pillow spreads grays of few bits over 0 to 255
+                    values //= np.uint8(255 // (2**bits - 1))
+                return values
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is no PNG file" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise OpsinError(f"the mask {name} cannot be read: {reason}. Replace the file.") from None
@@ -94,6 +97,14 @@ def read_mask(stored: Path | bytes | Tensor, name: str) -> NDArray[Any]:
         f"the mask {name} is a colour picture ({mode}), and a mask holds the number of a class in each pixel: replace "
         "every colour by its class and save that as a gray PNG (in Python: Image.fromarray(array of uint8))."
     )
+
+
+def _bits(stored: Path | bytes) -> int:
+    """Bits of a sample of a PNG file: its byte 24."""
+    if isinstance(stored, bytes):
+        return stored[24]
+    with stored.open("rb") as file:
+        return file.read(25)[24]
 
 
 def table_of(values: dict[int, int]) -> NDArray[np.int64]:
@@ -235,7 +246,8 @@ def read_set(name: str, path: Path, part: str, channels: int) -> PairSet:
     """
     if name not in SETS:
         raise unknown("published set", name, SETS)
-    return SETS[name].read(path, part, channels)
+    with understood(path, f"the site of {SETS[name].title}"):
+        return SETS[name].read(path, part, channels)
 
 
 def _by_stem(held: Files, start: str, end: str, source: str) -> dict[str, int]:

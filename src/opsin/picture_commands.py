@@ -1,6 +1,6 @@
 """The sub-commands of `opsin visualize`: what the features of a backbone show, as picture files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ from PIL import Image
 from opsin.errors import FINITE, OpsinError, within
 
 if TYPE_CHECKING:
+    from opsin.evaluate.maps import Look
     from opsin.evaluate.model import Model
 
 Out = Annotated[Path, tyro.conf.arg(metavar="PATH")]
@@ -58,14 +59,14 @@ def pca(
         view: how images are looked at.
     """
     from opsin.backbone.probe import PcaPicture
-    from opsin.evaluate.maps import images_of, joint_pca, look, patches
+    from opsin.evaluate.maps import images_of, joint_pca, patches
     from opsin.output import make_folder
     from opsin.report.maps import beside, enlarged
 
     known = None if basis is None else PcaPicture.load(basis)
     files, folder = images_of(data, view.images), make_folder(out)
     opened = view.open(weights)
-    looks = [look(opened, file, view.size) for file in files]
+    files, looks = _looks(opened, files, view.size)
     fitted, colours = joint_pca([patches(opened, each) for each in looks], known)
     fitted.save(folder / "basis.safetensors")
     for number, (file, each, colour) in enumerate(zip(files, looks, colours, strict=True)):
@@ -92,14 +93,14 @@ def attention(
         view: how images are looked at.
     """
     from opsin.evaluate.maps import attention as weights_of
-    from opsin.evaluate.maps import images_of, look
+    from opsin.evaluate.maps import images_of
     from opsin.output import make_folder
     from opsin.report.maps import beside, heat
 
     files, folder = images_of(data, view.images), make_folder(out)
     opened = view.open(weights)
-    for number, file in enumerate(files):
-        each = look(opened, file, view.size)
+    files, looks = _looks(opened, files, view.size)
+    for number, (file, each) in enumerate(zip(files, looks, strict=True)):
         heads = weights_of(opened, each, layer, register)
         shape = each.pixels.shape[:2]
         row = [each.pixels, heat(heads.mean(0), shape), *(heat(head, shape) for head in heads)]
@@ -131,9 +132,11 @@ def similarity(
     from opsin.report.maps import beside, heat, marked
 
     _check_image(image, "--image")
-    files = [image, *(images_of(data, view.images) if data else [])]
+    others = images_of(data, view.images) if data else []
     folder, opened = make_folder(out), view.open(weights)
-    looks = [look(opened, file, view.size) for file in files]
+    first = look(opened, image, view.size)
+    others, seen = _looks(opened, others, view.size) if others else ([], [])
+    files, looks = [image, *others], [first, *seen]
     place = patch_at(looks[0], *at, opened.arch.patch)
     grids = [patches(opened, each) for each in looks]
     for number, (file, each, values) in enumerate(zip(files, looks, similarities(grids[0], place, grids), strict=True)):
@@ -167,6 +170,8 @@ def matches(
     from opsin.output import make_folder
     from opsin.report.maps import joined
 
+    if limit < 1 or not radius >= 0:
+        raise OpsinError(f"--limit is {limit} and --radius {radius:g}: give 1 or more, and 0 or more.")
     _check_image(first, "--first")
     _check_image(second, "--second")
     folder, opened = make_folder(out), view.open(weights)
@@ -185,6 +190,26 @@ PICTURES: dict[str, Callable[..., int]] = {
     "visualize matches": matches,
 }
 """The commands by name."""
+
+
+def _looks(opened: "Model", files: Sequence[Path], size: int) -> tuple[list[Path], list["Look"]]:
+    """The images that can be decoded, as the backbone sees them; others are named and passed over.
+
+    Raises:
+        OpsinError: there is none.
+    """
+    from opsin.data.decode import DecodeError
+    from opsin.evaluate.maps import look
+
+    found = {}
+    for file in files:
+        try:
+            found[file] = look(opened, file, size)
+        except DecodeError as error:
+            print(f"passed over: {error}")
+    if not found:
+        raise OpsinError(f"none of {len(files)} images can be decoded, such as {files[0]}: give others.")
+    return list(found), list(found.values())
 
 
 def _check_image(path: Path, option: str) -> None:

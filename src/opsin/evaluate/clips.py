@@ -25,7 +25,7 @@ from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
 from opsin.errors import OpsinError
 from opsin.evaluate.model import Model
-from opsin.evaluate.pooled import BLOCKS, PART, Known, Pooled, is_kept, keep, pool
+from opsin.evaluate.pooled import BLOCKS, PART, Known, Pooled, check_crop, is_kept, keep, pool
 from opsin.evaluate.sets import stamp
 from opsin.evaluate.store import place
 from opsin.evaluate.task import Run
@@ -135,6 +135,7 @@ def clip_features(model: Model, clips: ClipSet, frames: int, combine: str, trans
     Raises:
         OpsinError: features are not finite, no clip can be read, PyAV is missing, or the store cannot be written.
     """
+    check_crop(model, transform)
     folder = place(
         run.cache,
         "clips",
@@ -221,9 +222,8 @@ def _read_video(path: Path, frames: int) -> list[Tensor]:
         if decoded != count:  # packets without a frame of their own, damage at the end: count what decodes
             found, _ = _decoded(av, path, frames, decoded)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise DecodeError(
-            path, f"not a video that FFmpeg can decode ({error.args[-1] if error.args else error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DecodeError(path, f"not a video that FFmpeg can decode ({reason})") from None
     return found
 
 

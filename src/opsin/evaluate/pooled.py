@@ -24,7 +24,7 @@ from opsin.evaluate.model import Model
 from opsin.evaluate.sets import ImageSet
 from opsin.evaluate.store import place, recalled
 from opsin.evaluate.task import Run
-from opsin.evaluate.transforms import Transform
+from opsin.evaluate.transforms import Centre, Transform
 from opsin.output import write
 
 BLOCKS = 4
@@ -78,6 +78,7 @@ def features(model: Model, images: ImageSet, transform: Transform, run: Run) -> 
     Raises:
         OpsinError: features are not finite, no image can be read, or the store cannot be written.
     """
+    check_crop(model, transform)
     folder = place(
         run.cache, "features", weights=model.digest, images=images.fingerprint, transform=transform.name, part=PART
     )
@@ -99,6 +100,16 @@ def features(model: Model, images: ImageSet, transform: Transform, run: Run) -> 
     if len(bad) == len(images):
         raise OpsinError(f"no image of {images.where} can be decoded: replace the damaged files.")
     return Known(Pooled(*(torch.cat([one[name] for one in kept]).float() for name in ("cls", "mean"))), bad)
+
+
+def check_crop(model: Model, transform: Transform) -> None:
+    """An OpsinError unless the backbone's patches fill the crop."""
+    patch = model.arch.patch
+    if isinstance(transform, Centre) and transform.size % patch:
+        near = max(1, round(transform.size / patch)) * patch
+        raise OpsinError(
+            f"crops of {transform.size} pixels are no multiple of the backbone's patch {patch}: give a size of {near}."
+        )
 
 
 def extract(

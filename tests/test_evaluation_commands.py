@@ -266,3 +266,142 @@ def test_a_killed_training_goes_on(weights, digits, tmp_path):
     killed, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("killed", "whole"))
     assert killed["metrics"] == whole["metrics"]
     assert killed["details"] == whole["details"]
+
+
+class Stop(Exception):
+    pass
+
+
+def called(monkeypatch, *arguments):
+    """What opens the model is asked for, and what follows."""
+    asked = []
+    monkeypatch.setattr("opsin.evaluate.model.open_model", lambda *a, **k: asked.append(a[1:]) or "model")
+    with pytest.raises(Stop):
+        main(list(arguments))
+    return asked
+
+
+def stops(seen):
+    def stop(*a, **k):
+        seen.append((a, k))
+        raise Stop
+
+    return stop
+
+
+MODEL = ["--model", "tiny", "--device", "cpu", "--precision", "bf16"]
+
+
+def test_evaluate_opens_the_model_as_asked(monkeypatch):
+    monkeypatch.setattr("opsin.evaluate.suite.timed", stops([]))
+    assert called(monkeypatch, "evaluate", "knn", "--weights", "w", "--data", "d", *MODEL) == [("tiny", "cpu", "bf16")]
+
+
+def test_index_makes_what_is_asked(monkeypatch):
+    seen = []
+    monkeypatch.setattr("opsin.evaluate.search.build_index", stops(seen))
+    given = [
+        "index",
+        "--weights",
+        "w",
+        "--data",
+        "d",
+        "--out",
+        "o",
+        "--size",
+        "56",
+        "--resize",
+        "padded",
+        "--feature",
+        "both",
+    ]
+    assert called(monkeypatch, *given, *MODEL) == [("tiny", "cpu", "bf16")]
+    assert seen[0][1] == {"size": 56, "resize": "padded", "feature": "both"}
+
+
+def test_a_suite_computes_where_and_as_asked(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("opsin.evaluate.suite.read", lambda *_: (None, []))
+    monkeypatch.setattr("opsin.evaluate.suite.measure", stops(seen))
+    called(
+        monkeypatch,
+        "evaluate",
+        "suite",
+        "--config",
+        "c",
+        "--out",
+        str(tmp_path / "o"),
+        "--device",
+        "cpu",
+        "--precision",
+        "bf16",
+    )
+    assert (seen[0][1]["device"], seen[0][1]["precision"]) == ("cpu", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("given", "function", "wanted"),
+    [
+        (["attention", "--data", "{0}", "--layer", "1", "--register", "2"], "attention", (1, 2)),
+        (["matches", "--first", "{0}", "--second", "{0}", "--radius", "3", "--limit", "7"], "matches", (3.0, 7)),
+        (["similarity", "--image", "{0}", "--at", "0.2", "0.7"], "patch_at", (0.2, 0.7, 14)),
+        (["pca", "--data", "{0}"], "look", (70,)),
+        (["matches", "--first", "{0}", "--second", "{0}"], "look", (70,)),
+    ],
+)
+def test_pictures_are_made_as_asked(monkeypatch, tmp_path, given, function, wanted):
+    Image.new("RGB", (80, 80)).save(tmp_path / "0.png")
+    seen = []
+    from types import SimpleNamespace
+
+    looked = SimpleNamespace(pixels=np.zeros((70, 70, 3), dtype=np.uint8))
+    monkeypatch.setattr("opsin.evaluate.maps.look", lambda *_: looked)
+    monkeypatch.setattr("opsin.evaluate.maps.patches", lambda *_: torch.zeros(5, 5, 4))
+    monkeypatch.setattr(f"opsin.evaluate.maps.{function}", stops(seen))
+    monkeypatch.setattr("opsin.picture_commands.View.open", lambda *_: SimpleNamespace(arch=SimpleNamespace(patch=14)))
+    with pytest.raises(Stop):
+        main(
+            [
+                "visualize",
+                *[one.format(tmp_path / "0.png") for one in given],
+                "--weights",
+                "w",
+                "--out",
+                str(tmp_path / "o"),
+                "--size",
+                "70",
+            ]
+        )
+    assert wanted == tuple(one for one in seen[0][0] if isinstance(one, int | float))
+
+
+def test_the_second_picture_is_the_mean_of_the_heads(monkeypatch, tmp_path):
+    Image.new("RGB", (80, 80)).save(tmp_path / "0.png")
+    from types import SimpleNamespace
+
+    seen, heads = [], torch.tensor([0.0, 1.0])[:, None, None].expand(2, 5, 5)
+    monkeypatch.setattr(
+        "opsin.evaluate.maps.look", lambda *_: SimpleNamespace(pixels=np.zeros((70, 70, 3), dtype=np.uint8))
+    )
+    monkeypatch.setattr("opsin.evaluate.maps.attention", lambda *_: heads)
+    monkeypatch.setattr(
+        "opsin.report.maps.heat",
+        lambda values, *_: seen.append(values.mean().item()) or np.zeros((70, 70, 3), dtype=np.uint8),
+    )
+    monkeypatch.setattr("opsin.picture_commands.View.open", lambda *_: None)
+    assert (
+        main(
+            [
+                "visualize",
+                "attention",
+                "--data",
+                str(tmp_path / "0.png"),
+                "--weights",
+                "w",
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
+    assert seen == [0.5, 0.0, 1.0]

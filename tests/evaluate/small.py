@@ -25,3 +25,13 @@ def write_digits(folder, classes, each):
             pixels = np.kron(np.uint8(picture * 15), np.ones((2, 2), np.uint8))
             Image.fromarray(pixels).convert("RGB").save(folder / f"digit{label}" / f"{number:02}.png")
     return folder
+
+
+def images_in(folder, groups):
+    """Images of noise, so many in a folder of each name."""
+    rng = np.random.default_rng(0)
+    for group, count in groups.items():
+        (folder / group).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / group / f"{i}.png")
+    return folder

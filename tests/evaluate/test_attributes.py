@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from opsin.errors import OpsinError
-from opsin.evaluate.attributes import by_group, grouped, read_columns
+from opsin.evaluate.attributes import MOST, by_group, grouped, read_columns
 
 OPTIONS = {"repeats": 4000, "seed": 0, "smallest": 10}
 
@@ -299,3 +299,20 @@ def test_clusters_of_many_images_count_as_those_of_few():
     assert images.gap.best == "a"
     # Draws of three homes hold the first only, the second only, or both in some proportion.
     assert (homes.groups["a"].low, homes.groups["a"].high) == (0, 1)
+
+
+def test_the_gap_of_groups_with_the_same_clusters_is_paired():
+    rng = np.random.default_rng(0)
+    home = np.repeat(np.arange(60), 2)
+    hits = np.repeat(rng.random(60) < 0.5, 2)  # each household has one image of each group, both right or both wrong
+    hits[0] = True
+    hits[1] = False
+    found = by_group(hits, np.tile(["a", "b"], 60), home, repeats=2000, seed=0, smallest=1)
+    assert found.gap.high - found.gap.low < 0.1
+
+
+def test_twenty_values_are_an_attribute_still(tmp_path):
+    for i in range(MOST):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("path,who\n" + "".join(f"{i}.png,v{i}\n" for i in range(MOST)))
+    assert list(grouped(tmp_path, tmp_path / "t.csv", None).attributes) == ["who"]

@@ -74,3 +74,8 @@ def test_a_file_that_runs_code_is_refused(tmp_path):
     torch.save({"weight": Trap()}, tmp_path / "head.pth")
     assert "is not a linear head" in told(tmp_path / "head.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_head_in_half_precision_is_loaded_in_single(tmp_path):
+    torch.save({"weight": torch.zeros(3, 8).half(), "bias": torch.zeros(3).half()}, tmp_path / "h.pth")
+    assert load(tmp_path / "h.pth", 4).weight.dtype == torch.float32

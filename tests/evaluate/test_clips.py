@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import small
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.data.decode import DecodeError
@@ -283,3 +284,21 @@ def test_combining_by_hand():
     assert combined(pooled, "average").mean.tolist() == [[6.0]]
     assert combined(pooled, "concatenate").cls.tolist() == [[[1.0, 3.0], [2.0, 6.0]]]
     assert combined(pooled, "concatenate").mean.tolist() == [[5.0, 7.0]]
+
+
+def test_frames_of_other_weights_or_preparation_are_others_and_bad_clips_are_named_in_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(clips_module, "PART", 4)  # parts of two clips
+    for label in "ab":
+        for i in range(3):
+            (tmp_path / "c" / label / f"{i}").mkdir(parents=True)
+            for j in range(2):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+                    tmp_path / "c" / label / f"{i}/{j}.png"
+                )
+    (tmp_path / "c/b/2/0.png").write_bytes(b"none")
+
+    clips, at = own_clips(tmp_path / "c"), Run(batch_size=4, workers=1, cache=tmp_path / "kept", progress=False)
+    first = clip_features(small(0), clips, 2, "average", Centre(16), at)
+    assert list(first.bad) == [5]
+    assert not torch.equal(clip_features(small(1), clips, 2, "average", Centre(16), at).pooled.cls, first.pooled.cls)
+    assert not torch.equal(clip_features(small(0), clips, 2, "average", Centre(24), at).pooled.cls, first.pooled.cls)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from photo_groups import crops, photographs, write_groups
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from small import small
 
 from opsin.errors import OpsinError
-from opsin.evaluate import ranking
-from opsin.evaluate.copydetection import Copies, copies, read_copydays, read_pairs
+from opsin.evaluate import copydetection, ranking
+from opsin.evaluate.copydetection import PRECISION, Copies, copies, read_copydays, read_pairs
 from opsin.evaluate.sets import own
 from opsin.evaluate.task import Run
 
@@ -227,3 +228,47 @@ def test_what_copydays_lacks_is_said(tmp_path):
         path.unlink()
     with pytest.raises(OpsinError, match=r"has no images in strong/: unpack Copydays there, from lear"):
         read_copydays(folder)
+
+
+def noise_copydays(root):
+    rng = np.random.default_rng(0)
+    for name in (
+        "original/200000",
+        "original/200100",
+        "original/200200",
+        "strong/200001",
+        "crops/10/200101",
+        "jpegqual/3/200201",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"{name}.jpg")
+    return root
+
+
+def test_images_are_prepared_as_asked(tmp_path):
+    model = small()
+    found = copies(
+        model,
+        Copies(data=f"copydays:{noise_copydays(tmp_path / 'days')}", size=32, resize="padded"),
+        Run(workers=1, cache=tmp_path / "kept", progress=False),
+    )
+    assert found.details["transform"] == "padded-32"
+
+
+def test_recall_is_told_at_the_precision_of_its_name():
+    assert PRECISION == 0.9
+
+
+def test_an_original_that_cannot_be_read_is_in_nobodys_way(tmp_path, monkeypatch):
+    root = noise_copydays(tmp_path / "days")
+    (root / "original/200200.jpg").write_bytes(b"none")
+    monkeypatch.setattr(
+        copydetection,
+        "orders",
+        lambda queries, database, _: ((q, np.array([2, 0, 1] if q == 0 else [2, 1, 0])) for q in range(len(queries))),
+    )
+    model = small()
+    found = copies(
+        model, Copies(data=f"copydays:{root}", size=32), Run(workers=1, cache=tmp_path / "kept", progress=False)
+    )
+    assert found.metrics["map_strong"] == 1.0

@@ -14,6 +14,7 @@ from skimage import color
 from opsin.errors import OpsinError
 from opsin.evaluate import corruptions
 from opsin.evaluate.corruptions import EXTRA, KINDS, applied, blur, corrupt, digital, drawn, edges, noise, weather
+from opsin.evaluate.corruptions.published import ALEXNET, mean
 
 SIDE = 224
 FIXTURES = np.load(Path(__file__).with_name("corruption_fixtures.npz"))
@@ -295,3 +296,58 @@ def test_stored_as_jpeg_is_the_file_of_quality_85():
 def test_wrong_input_is_one_sentence(kind, severity, images, message):
     with pytest.raises(OpsinError, match=message):
         corrupt(images, kind, severity, 0, [0])
+
+
+def test_kinds_draw_apart():
+    assert not torch.equal(drawn("gaussian_noise", 0, [3], 8, 8)[0], drawn("speckle_noise", 0, [3], 8, 8)[0])
+
+
+def test_draws_are_uniform_or_normal():
+    corners, chance = drawn("elastic_transform", 0, [0], 64, 64)
+    assert min(corners.min(), chance.min()) >= 0
+    assert max(corners.max(), chance.max()) < 1
+
+
+def test_tables_are_the_published_ones():
+    assert blur.DEFOCUS == ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
+    assert blur.MOTION == ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
+    assert [round(244 * v, 6) for v in (0.05, 0.01, 0.02)] == list(digital.ELASTIC[2])
+    assert noise.SHOT == (60, 25, 12, 5, 3)
+    assert weather.FROST == ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
+
+
+def test_alexnets_errors_have_the_published_means():
+    # AugMix's code (google-research/augmix, imagenet.py) has these means
+    wanted = [
+        0.886428,
+        0.894468,
+        0.922640,
+        0.819880,
+        0.826268,
+        0.785948,
+        0.798360,
+        0.866816,
+        0.826572,
+        0.819324,
+        0.564592,
+        0.853204,
+        0.646056,
+        0.717840,
+        0.606500,
+    ]
+    assert [mean(ALEXNET[kind]) / 100 for kind in list(ALEXNET)[:15]] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_edges_are_maxima_across_the_nearest_of_four_directions():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 40)).astype("f4"))
+    found = edges.edges(image[None, None], -1, -1)[0, 0]  # every maximum
+    padded = np.pad(image.numpy(), 1, mode="edge")
+    at = lambda r, c: padded[1 + r : 41 + r, 1 + c : 41 + c]  # noqa: E731
+    x = sum(w * (at(r, 1) - at(r, -1)) for r, w in ((-1, 1), (0, 2), (1, 1)))
+    y = sum(w * (at(1, c) - at(-1, c)) for c, w in ((-1, 1), (0, 2), (1, 1)))
+    size, turn = np.pad(np.abs(x) + np.abs(y), 1), np.degrees(np.arctan2(y, x)) % 180
+    for r, c in np.ndindex(40, 40):
+        dr, dc = [(0, 1), (1, 1), (1, 0), (1, -1)][int((turn[r, c] + 22.5) // 45) % 4]
+        here, before, after = size[1 + r, 1 + c], size[1 + r - dr, 1 + c - dc], size[1 + r + dr, 1 + c + dc]
+        if here not in (before, after):
+            assert bool(found[r, c]) == (here > before and here > after), (r, c)

@@ -465,3 +465,124 @@ def test_a_single_image_cannot_be_split(model, tiles):
 def test_a_shallow_backbone_has_no_four_blocks(tiles):
     with pytest.raises(OpsinError, match="takes four blocks, and this backbone has 2"):
         depth(backbone(depth=2), options(tiles, head_kind="linear4"), run_in(tiles))
+
+
+def spy(monkeypatch, module=depth_module):
+    """What `train` was asked for, without training."""
+    asked = {}
+
+    def caught(head, optimiser, rate, batches, loss, steps, folder, **options):
+        asked.update(
+            head=head, optimiser=optimiser, rate=rate, batches=batches, loss=loss, steps=steps, folder=folder, **options
+        )
+
+    monkeypatch.setattr(module, "train", caught)
+    return asked
+
+
+def test_seed_pairs_and_weights_each_lead_to_heads_of_their_own(tmp_path, monkeypatch):
+    asked, folders = spy(monkeypatch), set()
+    images, metres = torch.zeros(3, 3, 48, 64, dtype=torch.uint8), torch.ones(3, 48, 64)
+    for model, more, seed in ((backbone(), 0, 0), (backbone(), 0, 1), (backbone(), 1, 0), (backbone(seed=1), 0, 0)):
+        depth_module._trained(
+            model, in_memory(images, metres + more, Protocol(10.0)), Depth(data="x", seed=seed), run_in(tmp_path)
+        )
+        folders.add(asked["folder"])
+    assert len(folders) == 4
+
+
+def test_a_head_is_trained_as_asked(tmp_path, monkeypatch):
+    asked = spy(monkeypatch)
+    given = in_memory(torch.zeros(3, 3, 48, 64, dtype=torch.uint8), torch.ones(3, 48, 64), Protocol(80.0))
+    depth_module._trained(
+        backbone(), given, Depth(data="x", warmup_steps=10, steps=90, weight_decay=0.3), run_in(tmp_path)
+    )
+    assert asked["clip"] == 35.0
+    assert asked["optimiser"].param_groups[0]["weight_decay"] == 0.3
+    assert [asked["rate"](step) for step in (5, 40)] == pytest.approx(
+        [depth_module.schedule(step, 90, 10) for step in (5, 40)]
+    )
+    assert asked["head"].max_depth == 80
+
+
+def test_the_loss_of_a_step(tmp_path, monkeypatch):
+    asked = spy(monkeypatch)
+    rng = torch.Generator().manual_seed(0)
+    images, metres = (
+        torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8, generator=rng),
+        1 + torch.rand(4, 48, 64, generator=rng),
+    )
+    for weight in (0.0, 0.5):
+        depth_module._trained(
+            backbone(),
+            in_memory(images, metres, Protocol(10.0)),
+            Depth(data="x", steps=38_400, images_per_step=4, gradient_weight=weight),
+            run_in(tmp_path),
+        )
+        for step in (99, 100):
+            monkeypatch.setattr(depth_module, "resized", lambda *_: 2 * metres[[2, 0, 1, 3]])
+            found = asked["loss"]((step, images.float(), metres))
+            wanted = np.mean(
+                [
+                    depth_module.sig_loss(2 * metres[[2, 0, 1, 3]][at], metres[at], mean_only=step < 100).item()
+                    + weight * depth_module.gradient_loss(2 * metres[[2, 0, 1, 3]][at], metres[at]).item()
+                    for at in (slice(0, 2), slice(2, 4))
+                ]
+            )
+            assert found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_every_pass_has_an_order_and_views_of_its_own(tmp_path, monkeypatch):
+    asked, seen = spy(monkeypatch), []
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 16, 16).contiguous()
+    monkeypatch.setattr(
+        depth_module,
+        "training_view",
+        lambda p, d, _, rng: seen.append((int(p[0, 0, 0]), rng.random())) or (p.float(), d),
+    )
+    for seed in (0, 1):
+        depth_module._trained(
+            backbone(),
+            in_memory(images, torch.ones(6, 16, 16), Protocol(10.0)),
+            Depth(data="x", steps=4, images_per_step=3, seed=seed),
+            Run(workers=1, cache=tmp_path, progress=False),
+        )
+        list(asked["batches"](0))
+    orders = [[image for image, _ in seen[start : start + 6]] for start in range(0, 24, 6)]
+    assert all(sorted(one) == list(range(6)) for one in orders)
+    assert len({tuple(one) for one in orders}) == 4
+    assert len({number for _, number in seen}) == 24
+
+
+def test_images_turn_by_two_and_a_half_degrees_at_most():
+    image, metres = place_map(200, 250)
+    lost = [
+        (training_view(image, metres, Protocol(10.0), np.random.default_rng(s))[1] == 0).float().mean()
+        for s in range(60)
+    ]
+    assert 0.02 < max(lost) < 0.06  # of 2.5 degrees: (200² + 250²) / 4 · tan 2.5° / (200 · 250)
+
+
+def test_depth_is_taken_at_the_centres_of_pixels():
+    assert nearest(torch.arange(6.0)[None], (1, 2)).tolist() == [[1, 4]]
+
+
+def test_the_border_of_nyu_is_cut_and_crops_lie_everywhere(monkeypatch):
+    monkeypatch.setattr("opsin.evaluate.depth_views.rotate", lambda image, *_: image)
+    image, metres = place_map(480, 640)
+    lowest, highest = np.inf, 0
+    for seed in range(300):
+        _, target = training_view(
+            image, metres, Protocol(10.0, border="nyu", crop=(424, 564)), np.random.default_rng(seed)
+        )
+        rows = (target[target > 0] - 1) % 1000
+        lowest, highest = min(lowest, rows.min().item()), max(highest, rows.max().item())
+    assert (lowest, highest) == (45, 471)
+
+
+def test_the_brightness_is_that_of_the_protocol(monkeypatch):
+    asked = []
+    monkeypatch.setattr("opsin.evaluate.depth_views.recoloured", lambda image, by, rng: asked.append(by) or image)
+    for seed in range(9):
+        training_view(*place_map(40, 60), Protocol(10.0, brightness=0.1), np.random.default_rng(seed))
+    assert set(asked) == {0.1}

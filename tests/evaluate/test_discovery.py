@@ -1,6 +1,7 @@
 """Object discovery: the cut, the component, CorLoc, and the readers of boxes."""
 
 import json
+from dataclasses import replace
 
 import imgviz
 import numpy as np
@@ -205,3 +206,46 @@ def test_mistakes(tmp_path):
     assert "000005.xml of VOC2007 is damaged" in said(f"voc2007:{tmp_path}")
     (base / "Annotations/000005.xml").unlink()
     assert "cannot read" in said(f"voc2007:{tmp_path}")
+
+
+def test_whatever_decides_boxes_is_part_of_their_key(tmp_path):
+    folder, _ = voc_frame(tmp_path / "photos")
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return wrap(VisionTransformer(Architecture(width=24, depth=2, heads=2, patch=8, grid=4, layerscale=0.1)))
+
+    first = Discovery(str(folder), folder / "boxes.json", size=32)
+    for seed, asked in (
+        (0, first),
+        (0, replace(first, size=40)),
+        (0, replace(first, threshold=0.5)),
+        (0, replace(first, method="kmeans")),
+        (1, first),
+    ):
+        discovery(model(seed), asked, run_in(tmp_path))
+    assert len(list((tmp_path / "kept").glob("discovery-*"))) == 5
+
+
+def test_a_found_box_is_in_pixels_of_the_file_and_half_is_right(tmp_path, monkeypatch):
+    folder, _ = voc_frame(tmp_path / "photos")
+    Image.new("RGB", (64, 16)).save(folder / "a.jpg")  # of 8 × 2 patches
+    (folder / "boxes.json").write_text(
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": [0, 0, 32, 16]}]}'
+    )
+    inside = torch.zeros(2, 8, dtype=torch.bool)
+    inside[0, :4] = True
+    monkeypatch.setattr(module, "find", lambda *_: inside)
+    torch.manual_seed(0)
+    model = wrap(VisionTransformer(Architecture(width=24, depth=2, heads=2, patch=8, grid=4, layerscale=0.1)))
+    result = discovery(model, Discovery(str(folder), folder / "boxes.json", size=16), run_in(tmp_path))
+    assert (result.metrics["overlap"], result.metrics["corloc"]) == (0.5, 1.0)
+
+
+def test_patches_become_pixels_along_their_own_axis(model, tmp_path, monkeypatch):
+    Image.new("RGB", (66, 20)).save(tmp_path / "a.jpg")  # of 7 x 2 patches
+    inside = torch.zeros(2, 7, dtype=torch.bool)
+    inside[0, :4] = True
+    monkeypatch.setattr(module, "find", lambda *_: inside)
+    images = module.ImageSet("x", 1, lambda _: tmp_path / "a.jpg", str, "f")
+    assert module._box(model, images, 0, Discovery(size=16)) == pytest.approx([0, 0, 4 * 66 / 7, 10])

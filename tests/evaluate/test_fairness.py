@@ -11,9 +11,11 @@ import skimage.data
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from small import small
 
 from opsin.errors import OpsinError
 from opsin.evaluate import fairness as fairness_module
+from opsin.evaluate import linear as linear_module
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.fairness import Fairness, associated, fairness, read_label_groups, top_hits
 from opsin.evaluate.pooled import pool
@@ -382,3 +384,70 @@ def _with_column(table, tmp_path):
 def test_settings_out_of_range_are_one_sentence(options, sentence):
     with pytest.raises(OpsinError, match=sentence):
         Fairness(**options)
+
+
+def test_a_probability_of_just_the_threshold_counts():
+    from opsin.evaluate.fairness import associated
+
+    assert associated(torch.zeros(1, 4), {"g": [0]}, 4, 0.25)["g"].tolist() == [True]
+
+
+def test_intervals_are_drawn_as_asked(tmp_path, monkeypatch):
+    asked = []
+    real = fairness_module.by_group
+    monkeypatch.setattr(
+        fairness_module,
+        "by_group",
+        lambda h, g, clusters, **k: asked.append((clusters, k)) or real(h, g, clusters, **k),
+    )
+    monkeypatch.setattr(fairness_module, "load", lambda *_: head(2))
+    rows = [{"path": f"{i}.png", "label": "ab"[i % 2], "who": "xy"[i // 2 % 2], "home": f"h{i // 4}"} for i in range(8)]
+    for row in rows:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            tmp_path / row["path"]
+        )
+    table = write_table(tmp_path / "t.csv", rows)
+    model = small()
+    settings = fairness_module.Fairness(
+        data=str(tmp_path),
+        table=table,
+        cluster_column="home",
+        head=tmp_path / "h",
+        seed=3,
+        repeats=77,
+        smallest=4,
+        probe=PROBE,
+        attribute_columns=("who",),
+    )
+    fairness_module.fairness(model, settings, run_in(tmp_path))
+    ((clusters, options),) = asked
+    assert clusters.tolist() == [0] * 4 + [1] * 4
+    assert options == {"repeats": 77, "seed": 3, "smallest": 4, "equal_clusters": False}
+
+
+def test_clusters_are_split_by_the_seed():
+    table = fairness_module.Grouped(
+        fairness_module.ImageSet("x", 40, None, str, "f", np.zeros(40, dtype=np.int64), ["a"]), {}, np.arange(40) // 2
+    )
+    parts = {tuple(fairness_module._halves(table, fairness_module.Fairness(seed=seed))[1]) for seed in range(4)}
+    assert len(parts) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "read", "part"),
+    [
+        (fairness_module, lambda: fairness_module._parts(None, Fairness(train_data="imagenet:/x")), "train"),
+        (linear_module, lambda: linear_module.further_set("imagenet:/x", None, 3), "val"),
+    ],
+)
+def test_the_right_part_of_a_published_set_is_read(module, read, part, monkeypatch):
+    asked = []
+
+    def read_set(_name, _path, part):
+        asked.append(part)
+        raise KeyError
+
+    monkeypatch.setattr(module, "read_set", read_set)
+    with pytest.raises(KeyError):
+        read()
+    assert asked == [part]

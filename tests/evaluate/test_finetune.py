@@ -15,7 +15,7 @@ from opsin.errors import OpsinError
 from opsin.evaluate import finetune as tuning
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.finetune import Finetune, Tuned, depth_of, finetune, groups, merged, mixed, trainable
-from opsin.evaluate.model import open_model
+from opsin.evaluate.model import open_model, wrap
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.task import Run
 from opsin.evaluate.training import train as training
@@ -214,3 +214,77 @@ def test_mistakes_are_told_in_a_sentence(model, digits, run, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(OpsinError, match="needs peft, which is missing"):
         trainable(model, 2)
+
+
+def test_the_rate_warms_up_then_falls_and_gradients_are_clipped(model, digits, run, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        tuning, "training", lambda m, o, rate, b, loss, steps, f, **k: asked.update(rate=rate, steps=steps, **k)
+    )
+    finetune(model, settings(digits, epochs=40), run)
+    rate, steps = asked["rate"], asked["steps"]
+    assert steps == 80
+    assert [rate(0), rate(3)] == pytest.approx([1 / 8, 0.5 * (1 + np.cos(3 * np.pi / 80)) / 2])
+    assert rate(60) == pytest.approx((1 + np.cos(0.75 * np.pi)) / 2)
+    assert asked["clip"] == 1.0
+
+
+def test_settings_weights_and_labels_lead_to_backbones_of_their_own(model, digits, run, monkeypatch):
+    monkeypatch.setattr(tuning, "training", lambda *a, **k: None)
+    given, real = settings(digits), tuning.train_and_test
+    for changed in (given, replace(given, rate=1.0), replace(given, smoothing=0.5), replace(given, mix=False)):
+        finetune(model, changed, run)
+    finetune(wrap(type(model.backbone)(model.arch)), given, run)
+
+    def relabelled(*a):
+        train, test = real(*a)
+        return replace(train, labels=(train.labels + 1) % 3), test
+
+    monkeypatch.setattr(tuning, "train_and_test", relabelled)
+    finetune(model, given, run)
+    assert len(list(run.cache.glob("finetuned-*"))) == 6
+
+
+def test_a_step_is_of_the_seed_and_its_number(model, digits, run, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        tuning, "training", lambda m, o, r, batches, loss, s, f, **k: asked.update(module=m, batches=batches, loss=loss)
+    )
+    kinds, seen = [], []
+    monkeypatch.setattr(tuning, "mixed", lambda i, t, rng: kinds.append(rng.random()) or (i, t))
+    for seed in (0, 1):
+        finetune(model, settings(digits, seed=seed, epochs=4, smoothing=0.3), run)
+        batches = list(asked["batches"](0))
+        seen.append(batches[0][1])
+    assert len(set(kinds)) == len(kinds)
+    assert not torch.equal(*seen)
+    _, images, targets = batches[0]
+    wanted = torch.nn.functional.cross_entropy(asked["module"](images), targets * 0.7 + 0.1)
+    torch.testing.assert_close(asked["loss"](batches[0]), wanted)
+
+
+def test_steps_are_rounded():
+    assert tuning.steps_of(tuning.Finetune(epochs=3, train_batch=8), 10) == 4
+
+
+def test_shares_of_cutmix_are_uniform():
+    images, targets = torch.arange(2.0)[:, None, None, None].expand(2, 3, 224, 224), torch.eye(2)
+    shares = []
+    for seed in range(600):
+        mixed_images, found = mixed(images, targets, np.random.default_rng(seed))
+        inside = mixed_images[0].unique()
+        if set(inside.tolist()) <= {0.0, 1.0}:
+            rng = np.random.default_rng(seed)
+            rng.random()
+            shares.append((rng.beta(1, 1), float(found[0, 0])))
+    drawn, told = np.array(shares).T
+    assert (told >= drawn - 0.02).all()  # clipping at the border only makes the piece smaller
+    assert np.mean(np.abs(told - drawn) < 0.02) > 0.1
+
+
+def test_crops_follow_from_the_seed(model, digits, run, monkeypatch):
+    asked, real = [], tuning.Views
+    monkeypatch.setattr(tuning, "training", lambda m, o, r, batches, *a, **k: next(batches(0)))
+    monkeypatch.setattr(tuning, "Views", lambda *a: asked.append(a[1:]) or real(*a))
+    tuning.finetune(model, settings(digits, seed=5), run)
+    assert asked == [(16, 9, 5)]

@@ -360,7 +360,7 @@ def test_knn_mistakes(model, run, tmp_path):
     fails(r"--shots is \(0,\): give", good, shots=(0,))
     fails("--tries is 0: give", good, tries=0)
     fails("no class of .*good has --shots 5 training images, the largest has 1: give", good, shots=(1, 5))
-    fails("multiples of the patch 8", good, size=20)
+    fails("crops of 20 pixels are no multiple", good, size=20)
     fails("no data at", tmp_path / "absent")
     ruined = VisionTransformer(model.arch)
     torch.nn.init.constant_(ruined.norm.weight, float("nan"))

@@ -3,22 +3,28 @@
 import contextlib
 import functools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from small import write_digits
+from small import images_in, small, write_digits
 from torch import nn
 
 from opsin.errors import OpsinError
-from opsin.evaluate.classifier import inputs, load
+from opsin.evaluate import knn as knn_module
+from opsin.evaluate import linear as linear_module
+from opsin.evaluate import probe as probe_module
+from opsin.evaluate.classifier import Classifier, inputs, load
+from opsin.evaluate.datasets.classification import SETS, Published
 from opsin.evaluate.heads import Heads, Kind, rows_of
 from opsin.evaluate.linear import Linear, linear
 from opsin.evaluate.pooled import Pooled, features
-from opsin.evaluate.probe import CODE_RATES, PAPER_RATES, Probe, cosine, fit, fit_pooled
-from opsin.evaluate.sets import ImageSet, train_and_test
+from opsin.evaluate.probe import CODE_RATES, PAPER_RATES, Probe, _best, cosine, fit, fit_pooled
+from opsin.evaluate.sets import ImageSet, in_classes_of, own, train_and_test
 from opsin.evaluate.task import Run
 from opsin.evaluate.training import train as training
 from opsin.evaluate.transforms import Centre
@@ -248,3 +254,83 @@ def test_mistakes_are_told_in_a_sentence(run, model, digits, tmp_path):
     several = ImageSet("voc", 2, lambda _: b"", str, "p", np.eye(2, dtype=np.int64), ["a", "b"])
     with pytest.raises(OpsinError, match="evaluate this set with logreg"):
         fit(model, several, several, QUICK, run)
+
+
+def test_heads_differ_by_seed_and_rows_hold_the_last_blocks():
+    assert not torch.equal(Heads([Kind(1, True)], 2, 3, 4, 0).weights[0], Heads([Kind(1, True)], 2, 3, 4, 1).weights[0])
+    pooled, _ = blobs(5)
+    assert torch.equal(rows_of(pooled, 1), torch.cat([pooled.cls[:, -1], pooled.mean], 1))
+
+
+def test_further_sets_are_answered_with_their_classes_and_counted_their_way(at, tmp_path, monkeypatch):
+    root = images_in(tmp_path / "data", {"a": 4, "b": 4})
+    images_in(tmp_path / "some", {"b": 3})
+    monkeypatch.setitem(SETS, "few", Published("t", lambda path, _: own(str(path)), "", "test", "per_class", ""))
+    monkeypatch.setattr(
+        linear_module, "load", lambda *_: Classifier(torch.zeros(2, 24), torch.tensor([1.0, 0.0]), 1, False)
+    )
+    found = linear(small(), Linear(str(root), head=tmp_path, also=(f"few:{tmp_path / 'some'}",), probe=QUICK), at)
+    assert found.metrics["per_class_few"] == 1.0  # unmasked every answer would be a
+    images_in(tmp_path / "uneven", {"a": 3, "b": 1})
+    found = linear(small(), Linear(str(root), head=tmp_path, also=(f"few:{tmp_path / 'uneven'}",), probe=QUICK), at)
+    assert found.metrics["per_class_few"] == 0.5  # accuracy would be 3/4
+
+
+def test_the_head_is_chosen_by_the_metric_of_the_set(at, tmp_path, monkeypatch):
+    images_in(tmp_path / "a", {"x": 2, "y": 2})
+    monkeypatch.setitem(
+        SETS, "mini", Published("t", lambda path, part: own(str(path / "a")), "a", "a", "per_class", "")
+    )
+    asked, real = [], linear_module.fit
+    monkeypatch.setattr(linear_module, "fit", lambda *a: asked.append(a[5:]) or real(*a))
+    linear(small(), Linear(f"mini:{tmp_path}", probe=replace(QUICK, steps=1)), at)
+    assert asked == [("per_class",)]
+
+
+def test_the_best_head_per_class_is_not_the_most_accurate():
+    heads = probe_module.Heads([probe_module.Kind(1, False)], 2, 2, 1, 0)
+    with torch.no_grad():
+        heads.weights[0].copy_(torch.tensor([[[0.0], [0.0]], [[0.0], [1.0]]]))
+        heads.biases[0].copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    test = Pooled(torch.tensor([1.0, 1, 1, -1, -1, -1, -1, 1])[:, None, None], torch.zeros(8, 1))
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])  # all 0: 7/8 and 1/2; by sign: 5/8 and 11/14
+    settings = SimpleNamespace(grid=[0.1, 0.2], train_batch=8)
+    assert _best(heads, test, labels, 2, settings, "accuracy")[1]["chosen"]["rate"] == 0.1
+    assert _best(heads, test, labels, 2, settings, "per_class")[1]["chosen"]["rate"] == 0.2
+
+
+def test_labels_features_and_weights_lead_to_probes_of_their_own(at, tmp_path):
+    root, quick = images_in(tmp_path / "data", {"a": 4, "b": 4}), Probe(steps=1, train_batch=4, crops="centre", size=16)
+    images = own(str(root))
+    fit(small(), images, images, quick, at)
+    fit(small(), replace(images, labels=1 - images.labels), images, quick, at)
+    fit(small(1), images, images, quick, at)
+    fit(small(), images.part(np.arange(8)[::-1]), images, replace(quick), at)  # other images, labels 1 - as above
+    assert len(list(at.cache.glob("probe-*"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "run"),
+    [
+        (linear_module, lambda s: linear_module.linear(small(), Linear("x", seed=s), None)),
+        (knn_module, lambda s: knn_module.knn(small(), knn_module.Knn("x", seed=s), None)),
+    ],
+)
+def test_the_seed_splits_the_images(module, run, monkeypatch):
+    asked = []
+
+    def stop(*a):
+        asked.extend(one for one in a if one == 7)
+        raise KeyError
+
+    monkeypatch.setattr(module, "train_and_test" if module is linear_module else "labelled", stop)
+    with pytest.raises(KeyError):
+        run(7)
+    assert asked == [7]
+
+
+def test_columns_of_several_classes_are_renumbered():
+    def of(labels, classes):
+        return ImageSet("x", len(labels), None, str, "f", np.array(labels), classes)
+
+    assert in_classes_of(of([[1, 0], [-1, 1]], ["c", "a"]), of([], ["a", "b", "c"])).tolist() == [[0, 0, 1], [1, 0, -1]]

@@ -18,7 +18,7 @@ from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
 from opsin.evaluate.datasets.classification import SETS, Published
 from opsin.evaluate.logistic import Regression
-from opsin.evaluate.logreg import Logreg, logreg
+from opsin.evaluate.logreg import Logreg, _hold_out, logreg
 from opsin.evaluate.metrics import of_scores
 from opsin.evaluate.model import wrap
 from opsin.evaluate.sets import own, split
@@ -307,3 +307,11 @@ def test_mistakes(model, run, tmp_path):
     fails(
         "every class of .*few has a single training image, so none is left to choose", test_data=str(tmp_path / "new")
     )
+
+
+def test_the_seed_holds_out():
+    class Train:
+        labels = torch.arange(60) % 2
+
+    held = {tuple(_hold_out(Train, Logreg(seed=seed))[1].tolist()) for seed in range(3)}
+    assert len(held) == 3

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import images_in, small
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
-from opsin.evaluate.maps import attention, images_of, joint_pca, look, matches, patch_at, patches, similarity
+from opsin.evaluate.maps import Look, attention, images_of, joint_pca, look, matches, patch_at, patches, similarity
 from opsin.evaluate.model import wrap
 
 
@@ -119,3 +120,16 @@ def test_images_of_a_file_a_folder_and_shards(photo, tmp_path):
     assert len(images_of(str(tmp_path), 3)) == 3
     with pytest.raises(OpsinError, match="no data at"):
         images_of(str(tmp_path / "nothing"), 3)
+
+
+def test_images_are_spread_over_the_data(tmp_path):
+    images_in(tmp_path, {"a": 9})
+    assert [path.name for path in images_of(str(tmp_path), 3)] == ["0.png", "3.png", "6.png"]
+
+
+def test_the_attention_of_a_register_is_its_row():
+    model, batch = small(registers=2), torch.randn(1, 3, 16, 24)
+    look = Look(np.zeros((16, 24, 3), dtype=np.uint8), batch)
+    for register, row in ((None, 0), (0, 1), (1, 2)):
+        wanted = model.backbone.attention(batch, -1)[0, :, row, 3:].reshape(-1, 2, 3)
+        torch.testing.assert_close(attention(model, look, -1, register), wanted.detach())

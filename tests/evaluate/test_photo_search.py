@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from photo_groups import crops, photographs, write_groups
 from PIL import Image
 from safetensors.torch import save_file
+from small import images_in, small
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
@@ -278,3 +279,11 @@ def test_answers_as_a_table_and_as_pictures(model, folder, tmp_path):
     assert [one["match"] for one in shown[0]["nearest"]] == [None] * 3
     image = Image.open(io.BytesIO(base64.b64decode(shown[0]["nearest"][0]["image"].partition(",")[2])))
     assert max(image.size) == 40
+
+
+def test_queries_are_of_the_feature_of_the_index(at, tmp_path):
+    root, model = images_in(tmp_path / "data", {"a": 4}), small()
+    search.build_index(model, str(root), tmp_path / "index", at, size=16, feature="mean")
+    (found,) = search.query(model, tmp_path / "index", [root / "a/2.png"], at, k=1).found
+    assert found.nearest[0][0].endswith("2.png")
+    assert found.nearest[0][1] == pytest.approx(1, abs=2e-3)

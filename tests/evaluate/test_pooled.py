@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import images_in, small
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
+from opsin.evaluate import model as model_module
 from opsin.evaluate import pooled
 from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import features
@@ -135,3 +137,34 @@ def test_a_store_that_cannot_be_written(model, folder, tmp_path):
     (tmp_path / "kept").write_text("a file")
     with pytest.raises(OpsinError, match="--cache"):
         features(model, own(str(folder)), Centre(16), run_in(tmp_path))
+
+
+def test_the_same_tensors_in_another_architecture_are_other_weights():
+    a, b = small(heads=2), small(heads=4)
+    b.backbone.load_state_dict(a.backbone.state_dict())
+    assert wrap(a.backbone).digest != wrap(b.backbone).digest
+
+
+def test_a_model_computes_in_the_precision_that_is_asked_for(tmp_path, monkeypatch):
+    from opsin.backbone.weights import save
+
+    save(small().backbone, tmp_path / "w.safetensors")
+    asked = []
+    monkeypatch.setattr(model_module, "FeatureExtractor", lambda *a: asked.append(a[2]))
+    model_module.open_model(tmp_path / "w.safetensors", device="cpu", precision="bf16")
+    assert asked == ["bf16"]
+
+
+def test_parts_of_another_size_are_not_taken_for_these(at, tmp_path, monkeypatch):
+    images = own(str(images_in(tmp_path / "data", {"a": 5, "b": 4})))
+    monkeypatch.setattr(pooled, "PART", 2)
+    features(small(), images, Centre(16), at)
+    monkeypatch.setattr(pooled, "PART", 4)
+    assert len(features(small(), images, Centre(16), at).pooled.mean) == 9
+
+
+def test_an_unreadable_image_is_named_in_every_part(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(pooled, "PART", 2)
+    root = images_in(tmp_path / "data", {"a": 5, "b": 4})
+    (root / "b/2.png").write_bytes(b"none")
+    assert list(features(small(), own(str(root)), Centre(16), at).bad) == [7]

@@ -152,3 +152,7 @@ def test_of_equal_similarities_the_first_in_the_database_comes_first():
     database = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])
     _, order = next(orders(torch.tensor([[1.0, 0]]), database, torch.device("cpu")))
     assert order.tolist() == [0, 2, 3, 1]
+
+
+def test_right_and_junk_at_once_is_junk():
+    assert ranks_of(np.array([3, 1, 0, 2]), np.array([1, 2]), np.array([1, 3])).tolist() == [1]

@@ -13,9 +13,11 @@ from photo_groups import crops, photographs, write_groups
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
+from small import images_in, small
 
 from opsin.constants import normalisation
 from opsin.errors import OpsinError
+from opsin.evaluate import retrieval as retrieval_module
 from opsin.evaluate import vectors as vectors_module
 from opsin.evaluate.met import NEIGHBOURS, TEMPERATURES, classify, figures
 from opsin.evaluate.retrieval import Retrieval, retrieval
@@ -372,3 +374,15 @@ def test_unit_leaves_rows_of_zeros():
     from opsin.evaluate.pooled import Pooled
 
     assert unit(Pooled(torch.zeros(1, 2, 3), torch.zeros(1, 3)), "both").tolist() == [[0] * 6]
+
+
+def test_an_unreadable_image_is_no_rank(at, tmp_path, monkeypatch):
+    root = images_in(tmp_path / "data", {"a": 2, "b": 2})
+    (root / "b/0.png").write_bytes(b"none")
+    found = torch.tensor(
+        [[1.0, 0], [-0.5, 0.75**0.5], [0, 0], [-1, 0]]
+    )  # the zeros are nearer to the first than its partner
+    monkeypatch.setattr(retrieval_module, "vectors", lambda *_: (found, {2: "none"}))
+    assert (
+        retrieval_module.retrieval(small(), retrieval_module.Retrieval(data=str(root), size=16), at).outcomes[0] == 1.0
+    )

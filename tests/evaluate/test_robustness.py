@@ -1,5 +1,7 @@
 """Robustness: errors by condition, mCE as published, results that survive a stop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from opsin.evaluate.classifier import Classifier, save
 from opsin.evaluate.corruptions import KINDS, corrupt
 from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
 from opsin.evaluate.dense import normalised
+from opsin.evaluate.model import wrap
 from opsin.evaluate.pooled import pool
 from opsin.evaluate.probe import Probe
 from opsin.evaluate.robustness import Robustness, crop, robustness
@@ -175,3 +178,88 @@ def test_missing_frost_is_in_the_table(model, folders, head, tmp_path, monkeypat
 def test_wrong_settings_are_one_sentence(options, message):
     with pytest.raises(OpsinError, match=message):
         Robustness(**options)
+
+
+def test_whatever_decides_errors_leads_to_results_of_their_own(model, folders, head, tmp_path):
+    at, other = run_in(tmp_path), tmp_path / "other.safetensors"
+    save(Classifier(torch.ones(2, 48), torch.zeros(2), blocks=1, mean=True), other)
+    with torch.no_grad():
+        second = wrap(type(model.backbone)(model.arch))
+    asked = [
+        (model, head, {}),
+        (model, head, {"stored_as": "png"}),
+        (model, head, {"seed": 1}),
+        (second, head, {}),
+        (model, head, {"probe": Probe(size=40)}),
+        (model, other, {}),
+    ]
+    for one, given, options in asked:
+        robustness(one, settings_in(folders, given, corruptions=("contrast",), severities=(1,), **options), at)
+    assert len(list(at.cache.glob("judged-*"))) == len(asked)
+
+
+def test_other_labels_of_the_same_images_are_counted_anew(model, folders, head, tmp_path, monkeypatch):
+    options = {"corruptions": ("contrast",), "severities": (1,)}
+    before = robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
+    real = task.train_and_test
+
+    def relabelled(*a):
+        train, test = real(*a)
+        return train, replace(test, labels=1 - test.labels)
+
+    monkeypatch.setattr(task, "train_and_test", relabelled)
+    after = robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
+    assert after.details["errors"]["contrast"][1] == pytest.approx(1 - before.details["errors"]["contrast"][1])
+
+
+@pytest.mark.parametrize("stored_as", ["png", "jpeg85"])
+def test_the_backbone_sees_the_corruption_of_seed_and_number(model, folders, head, tmp_path, monkeypatch, stored_as):
+    seen = []
+    monkeypatch.setattr(task, "pool", lambda model, images: seen.append(images) or pool(model, images))
+    options = {"corruptions": ("gaussian_noise",), "severities": (2,), "seed": 7, "stored_as": stored_as}
+    robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
+    images = own(str(folders / "test"))
+    wanted = corrupt(crop(images.read(0), 32)[None], "gaussian_noise", 2, 7, [0], stored_as)
+    assert any(torch.equal(batch[0], normalised(wanted)[0]) for batch in seen)
+
+
+def test_the_crop_is_the_centre_of_256_for_224():
+    from torchvision.transforms.functional import center_crop, resize
+
+    photo = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
+    assert torch.equal(crop(photo, 224), center_crop(resize(photo, 256, antialias=True), 224))
+
+
+def test_distributed_images_are_seen_as_they_are_and_numbered_as_the_training(
+    model, folders, head, tmp_path, monkeypatch
+):
+    for old, new in (("class0", "n01440764"), ("class1", "n01443537")):
+        for part in ("train", "test"):
+            (folders / part / old).rename(folders / part / new)
+    place = folders / "c/contrast/2/n01443537"  # the second class alone
+    place.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / "0.JPEG")
+    seen = []
+    monkeypatch.setattr(task, "pool", lambda model, images: seen.append(images) or pool(model, images))
+    options = {"corruptions": ("contrast",), "severities": (2,), "tests": (f"imagenet-c:{folders / 'c'}",)}
+    result = robustness(model, settings_in(folders, head, **options), run_in(tmp_path))
+    pixels = torch.from_numpy(np.array(Image.open(place / "0.JPEG"))).permute(2, 0, 1)
+    torch.testing.assert_close(seen[-1][0], normalised(pixels), atol=1e-4, rtol=1e-4)
+    answer = int(task.load(head, 24, 2).logits(pool(model, seen[-1])).argmax())
+    assert result.details["errors"]["contrast"][2] == float(answer != 1)
+
+
+def test_a_further_set_of_one_class_can_only_be_right(model, folders, head, tmp_path):
+    (folders / "some").mkdir()
+    (folders / "some/class1").symlink_to(folders / "test/class1")
+    settings = settings_in(folders, head, corruptions=("none",), tests=(str(folders / "some"),))
+    assert robustness(model, settings, run_in(tmp_path)).metrics[f"accuracy_{folders / 'some'}"] == 1.0
+
+
+def test_the_error_is_the_mean_over_kinds_and_degrades_from_the_same_crop(model, folders, head, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        task, "_made", lambda *a: {(k, s): np.full(4, {"clean": 0.25, "fog": 0.5, "snow": 0.9}[k]) for k, s in a[3]}
+    )
+    found = robustness(model, settings_in(folders, head, corruptions=("fog", "snow")), run_in(tmp_path))
+    assert found.metrics["corruption_error"] == pytest.approx(0.7)
+    assert found.metrics["degradation"] == pytest.approx(0.45)

@@ -1,5 +1,6 @@
 """The segmentation task: metrics against others, heads that overfit, real files end to end, stops, wrong input."""
 
+from dataclasses import replace
 from functools import partial
 
 import imgviz
@@ -9,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import small
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from opsin.backbone.vit import Architecture, VisionTransformer
 from opsin.errors import OpsinError
+from opsin.evaluate import segmentation as seg
 from opsin.evaluate import segmentation as task
 from opsin.evaluate import segmentation_views
 from opsin.evaluate.model import wrap
@@ -379,3 +382,69 @@ def test_a_mask_of_another_size_in_a_published_set(model, tmp_path):
     Image.fromarray(np.zeros((10, 20), dtype=np.uint8)).save(tmp_path / "voc/SegmentationClass/2011_000006.png")
     with pytest.raises(OpsinError, match=r"2011_000006.jpg of .* has 500×200 pixels, and its mask has 20×10"):
         segmentation(model, Segmentation(data=f"voc2012:{tmp_path / 'voc'}", **SMALL), run_in(tmp_path))
+
+
+def caught(monkeypatch):
+    asked = {}
+
+    def train(head, optimiser, rate, batches, loss, steps, folder, **options):
+        asked.update(head=head, optimiser=optimiser, batches=batches, folder=folder, rate=rate)
+
+    monkeypatch.setattr(seg, "train", train)
+    return asked
+
+
+def test_whatever_decides_a_head_is_part_of_its_key(at, tmp_path, monkeypatch):
+    asked, places = caught(monkeypatch), set()
+    folders(tmp_path)
+    held = seg.look_through(tmp_path / "images", tmp_path / "masks", 255, 3, at)
+    first = Segmentation(data="x", **SMALL)
+    changes = [
+        {},
+        {"seed": 1},
+        {"shorter": 48},
+        {"rate": 0.1},
+        {"decay": 0.1},
+        {"warmup": 1},
+        {"most": 0.5},
+        {"crop": 24},
+        {"ratios": (1.0, 1.5)},
+    ]
+    for change in changes:
+        seg.train_head(small(), held.pairs(3, 255, 3), replace(first, **change), at)
+        places.add(asked["folder"])
+    assert asked["optimiser"].param_groups[0]["weight_decay"] == 1e-4
+    for model, part in ((small(1), None), (small(), [0, 1])):
+        seg.train_head(model, held.pairs(3, 255, 3, part), first, at)
+        places.add(asked["folder"])
+    assert len(places) == len(changes) + 2
+
+
+def test_views_follow_from_the_seed(at, tmp_path, monkeypatch):
+    asked, seen = caught(monkeypatch), []
+    folders(tmp_path, count=1)
+    held = seg.look_through(tmp_path / "images", tmp_path / "masks", 255, 3, at)
+    for seed in (0, 1):
+        seg.train_head(small(), held.pairs(3, 255, 3), Segmentation(data="x", **SMALL, seed=seed), at)
+        seen.append(next(asked["batches"](0))[0])
+    assert not torch.equal(*seen)
+
+
+def test_protocols_reach_the_views(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    asked, shorter = [], []
+
+    def probabilities(score, pixels, *rest):
+        asked.append(rest)
+        raise Stop
+
+    monkeypatch.setattr(seg, "train", lambda *a, **k: None)
+    monkeypatch.setattr(seg, "probabilities", probabilities)
+    monkeypatch.setattr(seg, "Views", lambda *a: shorter.append(a))
+    model = small()
+    with pytest.raises(Stop):
+        seg.segmentation(model, Segmentation(**folders(tmp_path), **SMALL, protocol="multiscale"), run_in(tmp_path))
+    assert asked == [(40, (1.0, 1.32, 1.73, 2.28, 3.0), True, 32, 16, 3)]
+    assert shorter == [(32, 40, (1.0, 3.0), 0.75)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from opsin.evaluate import segmentation_views
 from opsin.evaluate.dense import normalised
 from opsin.evaluate.segmentation_head import IGNORED
-from opsin.evaluate.segmentation_views import Views, coloured, distorted
+from opsin.evaluate.segmentation_views import BRIGHTNESS, FACTORS, HUE, Views, coloured, distorted
 from opsin.evaluate.sliding import size_with
 
 
@@ -171,3 +171,22 @@ def test_contrast_comes_before_or_after_the_colours(monkeypatch):
     early, late = distorted(pixels, Scripted(True)), distorted(pixels, Scripted(False))
     torch.testing.assert_close(early.flatten(), torch.tensor([255.0, 202.5, 157.5]))  # 255, 150, 60, then half as far
     torch.testing.assert_close(late.flatten(), torch.tensor([255.0, 240.0, 195.0]))  # 220, 160, 130, then 1.5 times
+
+
+def test_ignored_pixels_are_no_class_of_a_view():
+    mask = torch.full((40, 40), -1)
+    mask[:, :10] = 0
+    mask[:4, :4] = 1  # of counted pixels more than nine tenths are of class 0
+    drawn_at = []
+
+    class Watched(Views):
+        def _window(self, side, rng):
+            drawn_at.append(side)
+            return super()._window(side, rng)
+
+    Watched(40, 40, (1.0, 1.0), 0.75).draw(torch.zeros(3, 40, 40), mask, np.random.default_rng(0))
+    assert len(drawn_at) == 2 * 10  # tried again and again
+
+
+def test_distortions_are_as_strong_as_the_toolboxs():
+    assert (BRIGHTNESS, FACTORS, HUE) == (32, (0.5, 1.5), 36)  # ± 18 of OpenCV's 180

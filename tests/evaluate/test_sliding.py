@@ -114,3 +114,14 @@ def test_sizes_are_rounded_to_the_nearest_pixel():
     assert size_with(512, 500, 375) == (683, 512)
     assert size_with(640, 640, 640) == (640, 640)
     assert size_with(1, 3, 1000) == (1, 333)
+
+
+def test_scales_are_cut_off_and_not_rounded():
+    sizes = []
+
+    def score(views):
+        sizes.append(tuple(views.shape[-2:]))
+        return views[:, :2]
+
+    probabilities(score, torch.zeros(3, 10, 10), 10, (1.19,), False, 64, 64, 1)
+    assert sizes == [(11, 11)]

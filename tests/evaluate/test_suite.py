@@ -12,7 +12,7 @@ from opsin.backbone.registry import create
 from opsin.backbone.weights import save
 from opsin.errors import OpsinError, within
 from opsin.evaluate import suite as suites
-from opsin.evaluate.suite import differences, measure, read
+from opsin.evaluate.suite import Entry, Measured, Report, differences, measure, read
 from opsin.evaluate.task import Picture, Result, Run, Table, Task
 
 CALLS = []
@@ -204,3 +204,66 @@ def test_a_suite_without_tasks(config):
     config.write_text(config.read_text().partition("tasks:")[0] + "tasks: []\n")
     with pytest.raises(OpsinError, match="has no tasks"):
         read(config, TASKS)
+
+
+def test_another_task_of_the_same_name_and_settings_is_measured_again(config, tmp_path, monkeypatch):
+    measured(config, tmp_path / "out")
+    monkeypatch.setitem(TASKS, "other", TASKS["guess"])
+    CALLS.clear()
+    measured(config, tmp_path / "out", a=("{task: guess, data: here}", "{task: other, name: guess, data: here}"))
+    assert CALLS == [("small", 2), ("large", 2)]
+
+
+def test_models_are_opened_as_asked(config, tmp_path, monkeypatch):
+    real, asked = suites.open_model, []
+    monkeypatch.setattr(suites, "open_model", lambda *a: asked.append(a[1:]) or real(a[0], None, "cpu"))
+    config.write_text(config.read_text().replace("name: small,", "name: small, architecture: tiny,"))
+    suite, entries = read(config, TASKS)
+    suites.measure(
+        suite, entries, TASKS, tmp_path, Run(cache=tmp_path / "c", progress=False), device="cpu", precision="bf16"
+    )
+    assert asked == [("tiny", "cpu", "bf16"), (None, "cpu", "bf16")]
+
+
+def test_joules_are_what_the_task_took_and_differences_of_the_first_metric(config, tmp_path, monkeypatch):
+    counter = iter(range(100, 10_000, 30))
+    monkeypatch.setattr(suites, "joules", lambda _: next(counter))
+    report = measured(config, tmp_path / "out")
+    assert [one.facts["joules"] for one in report.measured] == [30] * 4
+    assert {one.metric for one in report.differences} == {"accuracy"}
+
+
+def test_the_page_tells_lower_is_better_costs_and_intervals():
+    def one(model, value, seconds, metric="rmse"):
+        return Measured(
+            model,
+            "t",
+            {
+                "metrics": {metric: value},
+                "seconds": seconds,
+                "joules": 7200.0,
+                "data": "d",
+                "paper": [],
+                "table": {"headers": [], "rows": [], "note": ""},
+                "left_out": [],
+                "model": {"weights": "0" * 64, "precision": "fp32"},
+            },
+            None,
+        )
+
+    settings = Guess("d")
+    page = suite_story.facts(
+        Report(
+            [Entry("t", "guess", settings)],
+            ["a", "b"],
+            [one("a", 0.5, 10.0), one("b", 0.4, 20.0)],
+            [suites.Difference("t", "a", "b", "rmse", 3, -0.1, -0.2, 0.05)],
+        )
+    )
+    assert page["table"]["rows"] == [["t", "rmse ↓", "0.5000", "0.4000 ★"]]
+    assert page["costs"]["rows"] == [["t", "10.0 s, 2.00 Wh", "20.0 s, 2.00 Wh"], ["all", "10.0 s", "20.0 s"]]
+    assert page["differences"]["rows"][0][3:] == ["-0.1000", "-0.2000 to +0.0500"]
+    gaps = suite_story.facts(
+        Report([Entry("t", "guess", settings)], ["a"], [one("a", 0.5, 1.0, "gap_between_groups")], [])
+    )
+    assert gaps["table"]["rows"][0][1] == "gap_between_groups ↓"

@@ -89,3 +89,11 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path):
         module[1].weight.fill_(torch.inf)
     with pytest.raises(OpsinError, match="the loss is nan at step"):
         run(module, optimiser, tmp_path / "n")
+
+
+def test_the_end_is_kept_and_states_are_saved_again_and_again(tmp_path):
+    run(*setting(), tmp_path / "w", every=1e9)
+    assert torch.load(tmp_path / "w/state.pt", weights_only=True)["step"] == 10
+    with pytest.raises(KeyboardInterrupt):
+        run(*setting(), tmp_path / "s", stop_at=6)
+    assert torch.load(tmp_path / "s/state.pt", weights_only=True)["step"] == 6

@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from small import small
 
 from opsin.errors import OpsinError
 from opsin.evaluate import video as video_module
@@ -223,3 +224,34 @@ def test_settings_out_of_range_are_one_sentence(options, sentence):
 def test_the_frames_are_eight_by_default():
     assert Video().frames == 8
     assert centres(80, Video().frames).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
+
+
+def test_a_classifier_of_clips_is_kept_by_frames_and_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(*a):
+        asked.append(a[8])
+        raise KeyError
+
+    monkeypatch.setattr(video_module, "fit_pooled", stop)
+    for i in range(2):
+        for label in "ab":
+            write_frames(tmp_path / "c" / label / str(i), fades(np.random.default_rng(i), True))
+    model = small()
+    with pytest.raises(KeyError):
+        video_module.video(model, Video(data=str(tmp_path / "c"), frames=3, probe=PROBE), run_in(tmp_path))
+    assert (asked[0]["frames"], asked[0]["weights"], asked[0]["combine"]) == (3, model.digest, "average")
+
+
+def test_the_second_metric_is_of_five():
+    assert video_module.TOP == 5
+
+
+def test_ssv2_is_concatenated_by_default(monkeypatch):
+    clips = video_module.ClipSet("x", [], np.zeros(0, dtype=np.int64), ["a"])
+    for name, combine in (("ssv2", "concatenate"), ("k400", "average")):
+        monkeypatch.setitem(
+            video_module.VIDEO_SETS, name, replace(video_module.VIDEO_SETS[name], read=lambda *_: clips)
+        )
+        assert video_module._sets(Video(data=f"{name}:/x"))[2] == combine
+        assert video_module._sets(Video(data=f"{name}:/x", combine="average"))[2] == "average"

@@ -1,5 +1,7 @@
 """Random-resized crops: torchvision's rule and pixels, and a function of the place alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,9 @@ def test_half_of_the_views_are_flipped_and_all_normalised(monkeypatch):
 def test_an_image_that_cannot_be_read_is_replaced_by_the_next_with_its_label():
     labels = torch.cat([labels for _, labels in Views(image_set(bad={1}), 8, 5, 0).batches(0, 1, workers=2)])
     assert sorted(labels.tolist()) == [0, 0, 1, 2, 2]  # images 0, 2, 2, 3, 4
+
+
+def test_sixteen_bits_are_seen_as_eight_bits_are():
+    eight = image_set()
+    deep = replace(eight, open=lambda index: (eight.open(index).int() * 257).to(torch.uint16))
+    torch.testing.assert_close(Views(deep, 16, 4, 0).view(3)[0], Views(eight, 16, 4, 0).view(3)[0], atol=0.02, rtol=0)

@@ -799,3 +799,28 @@ def test_scene_labels_that_contradict(tmp_path):
     text(tmp_path, train, "b/bar/gsun_2.jpg")
     with pytest.raises(OpsinError, match=r"line 1, 'b/bar/gsun_2.jpg', has 1 of 2 fields"):
         read_set("places205", tmp_path, "val")
+
+
+def test_species_are_numbered_in_the_order_of_their_identifiers(tmp_path):
+    from opsin.evaluate.datasets.nature import inat2021
+
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    tree = {
+        "images": [{"id": 5, "file_name": "0.jpg"}, {"id": 6, "file_name": "1.jpg"}],
+        "categories": [{"id": 9, "name": "z"}, {"id": 2, "name": "a"}],
+        "annotations": [{"image_id": 5, "category_id": 9}, {"image_id": 6, "category_id": 2}],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(tree))
+    found = inat2021(tmp_path, "val")
+    assert (list(found.classes), found.labels.tolist()) == (["a", "z"], [1, 0])
+
+
+def test_classes_of_places_are_in_the_order_of_their_labels(tmp_path):
+    (tmp_path / "images256").mkdir()
+    for name in ("z/0.jpg", "a/1.jpg"):
+        (tmp_path / "images256" / name).parent.mkdir()
+        (tmp_path / "images256" / name).write_bytes(b"x")
+    (tmp_path / "train_places205.csv").write_text("z/0.jpg 4\na/1.jpg 2\n")
+    found = read_set("places205", tmp_path, "train")
+    assert (list(found.classes), found.labels.tolist()) == (["a", "z"], [1, 0])

@@ -299,3 +299,13 @@ def test_another_unit_is_one_sentence(tmp_path):
         write_depth(path, 0)
     with pytest.raises(OpsinError, match=r"3 depth maps of x, such as that of .*, hold no value above 0"):
         check_unit(pairs(tmp_path / "images", tmp_path / "depths"), "x", 1e-3, 10, "hint")
+
+
+def test_other_maps_of_the_same_images_are_other_pairs(tmp_path):
+    for folder in ("i", "d"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "i/0.png")
+    np.save(tmp_path / "d/0.npy", np.ones((8, 8)))
+    before = pairs(tmp_path / "i", tmp_path / "d").images.fingerprint
+    np.save(tmp_path / "d/0.npy", np.ones((4, 4)))
+    assert pairs(tmp_path / "i", tmp_path / "d").images.fingerprint != before

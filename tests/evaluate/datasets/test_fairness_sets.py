@@ -90,3 +90,15 @@ def test_another_table_is_an_error(dollarstreet):
     path.write_text(path.read_text().replace("income", "salary"))
     with pytest.raises(OpsinError, match="has no column income"):
         GROUP_SETS["dollarstreet"].read(dollarstreet)
+
+
+def test_two_incomes_in_one_country_are_two_homes(tmp_path):
+    from opsin.evaluate.datasets.fairness import dollarstreet
+
+    for table, rows in (("train", "Chad,af,a.jpg,50,[1]"), ("test", "Chad,af,b.jpg,70,[2]")):
+        (tmp_path / f"images_v2_imagenet_{table}.csv").write_text(
+            "country.name,region.id,imageRelPath,income,imagenet_sysnet_id\n" + rows + "\n"
+        )
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    assert len(set(dollarstreet(tmp_path).clusters.tolist())) == 2

@@ -356,3 +356,13 @@ def test_an_image_that_does_not_decode_is_not_the_masks_fault(tmp_path):
     (tmp_path / "images/sub/1.jpg").write_bytes(b"none")
     found = look_through(tmp_path / "images", tmp_path / "masks", 255, 3, run_in(tmp_path))
     assert len(found.images) == 3
+
+
+def test_what_masks_hold_is_kept_by_what_is_ignored(tmp_path):
+    for folder in ("i", "m"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "i/0.png")
+    Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "m/0.png")
+    at = Run(workers=1, cache=tmp_path / "kept", progress=False)
+    assert look_through(tmp_path / "i", tmp_path / "m", 255, 3, at).present == [7]
+    assert look_through(tmp_path / "i", tmp_path / "m", 7, 3, at).present == []

@@ -161,3 +161,12 @@ def test_damaged_lists_of_ssv2_are_one_sentence(ssv2):
     path.write_text('[{"id": "7", "template": "Juggling [something]"}]')
     with pytest.raises(OpsinError, match=r"lacks classes of .*, such as 'Juggling something'"):
         VIDEO_SETS["ssv2"].read(ssv2, "train")
+
+
+def test_classes_of_ssv2_are_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "20bn-something-something-v2").mkdir()
+    (tmp_path / "20bn-something-something-v2/7.webm").write_bytes(b"x")
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps([{"id": "7", "template": "a [something]"}]))
+    (tmp_path / "something-something-v2-labels.json").write_text(json.dumps({"a something": "10", "b": "9"}))
+    found = VIDEO_SETS["ssv2"].read(tmp_path, "train")
+    assert (list(found.classes), found.labels.tolist()) == (["b", "a something"], [1])

@@ -4,6 +4,7 @@ Images are float32 `[B, 3, H, W]` from 0 to 255, what was drawn lies on the same
 """
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -27,8 +28,8 @@ JPEG = (25, 18, 15, 10, 7)
 """Quality."""
 SATURATE = ((0.3, 0.0), (0.1, 0.0), (2.0, 0.0), (5.0, 0.1), (20.0, 0.2))
 """What the saturation is multiplied by, and what is added."""
-THREADS = 8
-"""Of the JPEG library, which computes on the CPU."""
+THREADS = min(8, os.cpu_count() or 1)
+"""Of the JPEG library, which computes on the CPU: more than cores only wait for one another."""
 
 
 def contrast(images: Tensor, severity: int) -> Tensor:

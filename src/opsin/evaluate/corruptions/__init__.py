@@ -38,6 +38,8 @@ class Kind:
     """(images float32 `[B, 3, H, W]` from 0 to 255, severity, *drawn) → images, which may lie outside 0 to 255."""
     draw: Draw = _nothing
     """(generator, H, W) → what an image draws."""
+    whole: bool = False
+    """`apply` takes uint8 images and gives such."""
 
 
 def _uniform(*shape: int, field: bool = False) -> Draw:
@@ -72,7 +74,7 @@ _TABLE = {
     "contrast": Kind(digital.contrast),
     "elastic_transform": Kind(digital.elastic_transform, _both(_uniform(3, 2), _uniform(2, field=True))),
     "pixelate": Kind(digital.pixelate),
-    "jpeg_compression": Kind(digital.jpeg_compression),
+    "jpeg_compression": Kind(digital.jpeg_compression, whole=True),
     "speckle_noise": Kind(noise.speckle_noise, _normal(3)),
     "gaussian_blur": Kind(blur.gaussian_blur),
     "spatter": Kind(weather.spatter, _normal(1)),
@@ -119,7 +121,11 @@ def applied(images: Tensor, kind: str, severity: int, draws: Draws, stored_as: S
         raise OpsinError(
             f"corruptions take uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}: convert them to RGB."
         )
-    found = stored(_TABLE[kind].apply(images.float(), severity, *(field.to(images.device) for field in draws)))
+    made = _TABLE[kind]
+    found = made.apply(
+        images if made.whole else images.float(), severity, *(field.to(images.device) for field in draws)
+    )
+    found = found if made.whole else stored(found)
     return digital.recompressed(found, QUALITY) if stored_as == "jpeg85" else found
 
 

@@ -3,7 +3,6 @@
 Images are float32 `[B, 3, H, W]` from 0 to 255, what was drawn lies on the same device.
 """
 
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+from torchvision.io import decode_jpeg, encode_jpeg
 
 from opsin.evaluate.corruptions.filters import gaussian
 
@@ -57,8 +56,8 @@ def pixelate(images: Tensor, severity: int) -> Tensor:
     height, width = images.shape[-2:]
     across = torch.from_numpy(_boxes(width, int(width * share))).to(images)
     down = torch.from_numpy(_boxes(height, int(height * share))).to(images)
-    small = (images @ across.T + 0.5).floor()
-    small = (down @ small + 0.5).floor()
+    small = (images @ across.T).add_(0.5).floor_()
+    small = (down @ small).add_(0.5).floor_()
     return F.interpolate(small, (height, width), mode="nearest-exact")
 
 
@@ -74,21 +73,19 @@ def _boxes(side: int, smaller: int) -> NDArray[np.float64]:
 
 
 def jpeg_compression(images: Tensor, severity: int) -> Tensor:
-    """Compresses as JPEG."""
-    return recompressed(images.to(torch.uint8), JPEG[severity - 1]).float()
+    """Compresses uint8 images as JPEG."""
+    return recompressed(images, JPEG[severity - 1])
 
 
 def recompressed(images: Tensor, quality: int) -> Tensor:
     """uint8 `[B, 3, H, W]` after a round through JPEG of a quality, on the CPU, back on its device."""
 
-    def again(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        return np.array(Image.open(file))
+    def again(image: Tensor) -> Tensor:
+        found: Tensor = decode_jpeg(encode_jpeg(image, quality))  # without Python's lock, which Pillow holds throughout
+        return found
 
     with ThreadPoolExecutor(min(THREADS, len(images))) as pool:
-        found = np.stack(list(pool.map(again, images.permute(0, 2, 3, 1).contiguous().cpu().numpy())))
-    return torch.from_numpy(found).permute(0, 3, 1, 2).contiguous().to(images.device)
+        return torch.stack(list(pool.map(again, images.cpu()))).to(images.device)
 
 
 def elastic_transform(images: Tensor, severity: int, corners: Tensor, chance: Tensor) -> Tensor:

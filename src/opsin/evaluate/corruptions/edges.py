@@ -17,9 +17,10 @@ def edges(images: Tensor, low: float, high: float) -> Tensor:
     Sobel gradients, their size as the sum of both; maxima across the edge above `high`, and those above `low` that are
     connected with them.
     """
-    smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None].to(images)
-    x, y = F.conv2d(F.pad(images, [1] * 4, mode="replicate"), kernels).split(1, dim=1)
+    bordered = F.pad(images, [1] * 4, mode="replicate")
+    across, down = bordered[..., 2:] - bordered[..., :-2], bordered[..., 2:, :] - bordered[..., :-2, :]
+    x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    y = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
     size = x.abs() + y.abs()
     height, width = size.shape[-2:]
     around = F.pad(size, [1] * 4)
@@ -37,10 +38,18 @@ def edges(images: Tensor, low: float, high: float) -> Tensor:
     possible = highest & (size > low)
     found: Tensor = highest & (size > high)
     while True:
-        grown = possible & (F.max_pool2d(found.float(), 3, 1, 1) > 0)
+        grown = possible & _with_neighbours(found)
         if torch.equal(grown, found):
             return found
         found = grown
+
+
+def _with_neighbours(found: Tensor) -> Tensor:
+    """The marked pixels and the eight around each; a filter of torch's takes several times as long on a CPU."""
+    tall = F.pad(found, [0, 0, 1, 1])
+    tall = tall[..., :-2, :] | tall[..., 1:-1, :] | tall[..., 2:, :]
+    wide = F.pad(tall, [1, 1])
+    return wide[..., :-2] | wide[..., 1:-1] | wide[..., 2:]
 
 
 def distance_to(marked: Tensor, most: int) -> Tensor:
@@ -51,9 +60,10 @@ def distance_to(marked: Tensor, most: int) -> Tensor:
     right = torch.where(marked, column, torch.inf).flip(-1).cummin(-1).values.flip(-1)
     across = torch.minimum(column - left, right - column).clamp_max(most + 1).square()
     padded = F.pad(across, [0, 0, most, most], value=float((most + 1) ** 2))
-    nearest = across
+    nearest, there = across.clone(), torch.empty_like(across)
     for step in range(-most, most + 1):
-        nearest = torch.minimum(nearest, padded[..., most + step : most + step + height, :] + step**2)
+        torch.add(padded[..., most + step : most + step + height, :], step**2, out=there)
+        torch.minimum(nearest, there, out=nearest)
     return nearest.sqrt().clamp_max(most)
 
 

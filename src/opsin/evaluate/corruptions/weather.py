@@ -150,6 +150,17 @@ def brightness(images: Tensor, severity: int) -> Tensor:
     return torch.where(value > 0, images * (brighter / value.clamp_min(1)), brighter)
 
 
+def _embossed(images: Tensor) -> Tensor:
+    """Images filtered by ((-2, -1, 0), (-1, 1, 1), (0, 1, 2)), mirrored at the border."""
+    around = F.pad(images, [1] * 4, mode="reflect")
+    height, width = images.shape[-2:]
+    weights = {(0, 0): -2, (0, 1): -1, (1, 0): -1, (1, 1): 1, (1, 2): 1, (2, 1): 1, (2, 2): 2}
+    found = torch.zeros_like(images)
+    for (down, right), weight in weights.items():
+        found.add_(around[..., down : down + height, right : right + width], alpha=weight)
+    return found
+
+
 def spatter(images: Tensor, severity: int, normal: Tensor) -> Tensor:
     """Drops of water, shaded at their edges, or spots of mud, where `normal` `[B, 1, H, W]` is high once blurred."""
     mean, deviation, blur, least, last = SPATTER[severity - 1]
@@ -162,8 +173,7 @@ def spatter(images: Tensor, severity: int, normal: Tensor) -> Tensor:
     drops = (wet.where(wet >= least, 0) * 255).floor()
     distance = distance_to(edges(drops, 50, 150), DISTANCE)
     shade = equalised(_box(distance).floor())
-    emboss = torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, 2.0]], device=images.device)
-    shade = F.conv2d(F.pad(shade, [1] * 4, mode="reflect"), emboss[None, None]).clamp(0, 255)
+    shade = _embossed(shade).clamp(0, 255)
     light = drops * _box(shade).add(0.5).floor()
     light = light / light.amax((1, 2, 3), keepdim=True).clamp_min(1) * last
     return images + light * colour

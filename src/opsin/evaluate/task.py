@@ -27,8 +27,8 @@ class Run:
     workers: int = os.cpu_count() or 1
     """Threads that read and prepare images."""
     cache: Path = Path("runs/features")
-    """Folder that keeps features and trained heads, by the content of weights, images and settings; it may be deleted
-    at any time."""
+    """Folder that keeps features and trained heads, by the content of weights, names, sizes and times of images, and
+    settings; it may be deleted at any time."""
     progress: bool = True
     """Show counters on the terminal."""
 

@@ -1,4 +1,4 @@
-"""A suite on photos that come with packages: two models, nine tasks, one page. What docs/evaluate.png shows.
+"""A suite on photos that come with packages: two models, eight tasks, one page. What docs/evaluate.png shows.
 
     python benchmarks/suite_page.py --first WEIGHTS --second WEIGHTS [--size 112] [--out runs/suite-page]
 

@@ -185,7 +185,21 @@ def test_pictures(weights, photos, tmp_path, capsys):
     assert main(again) == 0
     first, second = (sorted((tmp_path / name).glob("*.png"))[0].read_bytes() for name in ("pca", "b"))
     assert first == second
+    assert main([*again[:-4], "--out", str(tmp_path / "all"), "--background"]) == 0
+    whole, cut = (np.asarray(Image.open(sorted((tmp_path / name).glob("*.png"))[0])) for name in ("all", "pca"))
+    black = (cut == 0).all(-1)
+    assert black.mean() > 0.05
+    assert (whole[black] == 0).all(-1).mean() < 0.5  # some are black by themselves
+    assert np.array_equal(whole[~black], cut[~black])
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.png").write_bytes(Path(image).read_bytes())
+    (tmp_path / "some" / "b.png").write_bytes(b"none")
     capsys.readouterr()
+    assert (
+        main(["visualize", "attention", *common, "--data", str(tmp_path / "some"), "--out", str(tmp_path / "c")]) == 0
+    )
+    assert "passed over: cannot decode" in capsys.readouterr().out
+    assert len(list((tmp_path / "c").glob("*.png"))) == 1
     assert (
         main(["visualize", "matches", "--first", "gone.png", "--second", image, *common, "--out", str(tmp_path)]) == 2
     )
@@ -217,6 +231,14 @@ def test_mistakes_are_one_sentence(weights, digits, photos, tmp_path, capsys, ar
     assert err.startswith("opsin: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+def test_the_help_of_a_group_lists_its_tasks(capsys):
+    assert main(["evaluate", "--help"]) == 0
+    said = capsys.readouterr().out
+    for task in ("knn", "segmentation", "suite"):
+        assert f"\n  {task:14} " in said
+    assert main(["evaluat", "--help"]) == 2
 
 
 def test_what_the_system_refuses_is_one_sentence(digits, tmp_path, capsys):

@@ -80,7 +80,19 @@ def _run(arguments: list[str]) -> int:
         for name, command in COMMANDS.items():
             print(f"  {name:14} {(command.__doc__ or '').splitlines()[0]}")
         return 0
+    if tasks := _group(arguments):
+        print(f"usage: opsin {' '.join(arguments[:-1])} TASK [options], opsin {' '.join(arguments[:-1])} TASK --help\n")
+        for name in tasks:
+            print(f"  {name.partition(' ')[2]:14} {(COMMANDS[name].__doc__ or '').splitlines()[0]}")
+        return 0
     return _checked(arguments)()
+
+
+def _group(arguments: list[str]) -> list[str]:
+    """The commands of a group whose help is asked for, as in `opsin evaluate --help`; none for anything else."""
+    if len(arguments) != 2 or arguments[1] not in ("-h", "--help") or arguments[0] in COMMANDS:
+        return []
+    return [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
 
 
 def _checked(arguments: list[str]) -> functools.partial[int]:

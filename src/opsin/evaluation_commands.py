@@ -158,10 +158,7 @@ def search(
         raise OpsinError(f"--out {out} is neither a page nor JSON: give a name that ends in .html or .json.")
     answers = query(open_model(weights, model, device, precision), index, queries, run, k)
     table = table_of(answers)
-    shown = Table(*table.headers)
-    for row in table.rows:
-        shown.add_row(*row)
-    _console().print(shown)
+    _console().print(_drawn(table.headers, table.rows))
     print("".join(f"not read: {path} ({reason})\n" for path, reason in answers.left_out), end="")
     if out is not None and out.suffix == ".html":
         title = f"Nearest images in {index}"
@@ -184,15 +181,22 @@ EVALUATIONS: dict[str, Callable[..., int]] = {
 def tell(name: str, facts: dict[str, Any]) -> None:
     """Print a result: its table, its note, and what the paper says."""
     console, table = _console(), facts["table"]
-    shown = Table(*table["headers"], title=f"{name} on {facts['data']}")
-    for row in table["rows"]:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(_drawn(table["headers"], table["rows"], f"{name} on {facts['data']}"))
     for line in [table["note"]] * bool(table["note"]) + facts["paper"]:
         console.print(line)
     left_out = [(one["path"], one["reason"]) for one in facts["left_out"]]
     if left_out:
         console.print(_first_of(left_out)[2:])
+
+
+def _drawn(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table whose cells go over several lines where the terminal is narrow, so that nothing is cut."""
+    drawn = Table(title=title)
+    for header in headers:
+        drawn.add_column(header, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
 
 
 def _console() -> Console:
@@ -203,4 +207,5 @@ def _console() -> Console:
 def _first_of(left_out: Sequence[tuple[str, str]]) -> str:
     if not left_out:
         return ""
-    return f"; {len(left_out):,} images left out, first {left_out[0][0]} ({left_out[0][1]})"
+    images = "image" if len(left_out) == 1 else "images"
+    return f"; {len(left_out):,} {images} left out, first {left_out[0][0]} ({left_out[0][1]})"

@@ -47,6 +47,7 @@ def pca(
     data: str,
     out: Out,
     basis: Path | None = None,
+    background: bool = False,
     view: Annotated[View, tyro.conf.arg(name="")] = View(),
 ) -> int:
     """Patch features as colours: one PCA over all images together, so that equal parts have equal colours.
@@ -56,6 +57,7 @@ def pca(
         data: an image, a folder of images or a list of them.
         out: folder of the pictures; basis.safetensors is written there too, for more pictures in the same colours.
         basis: basis.safetensors of earlier pictures, instead of fitting one.
+        background: colour all patches; otherwise those are black that the first component takes for background.
         view: how images are looked at.
     """
     from opsin.backbone.probe import PcaPicture
@@ -67,7 +69,7 @@ def pca(
     files, folder = images_of(data, view.images), make_folder(out)
     opened = view.open(weights)
     files, looks = _looks(opened, files, view.size)
-    fitted, colours = joint_pca([patches(opened, each) for each in looks], known)
+    fitted, colours = joint_pca([patches(opened, each) for each in looks], known, background=background)
     fitted.save(folder / "basis.safetensors")
     for number, (file, each, colour) in enumerate(zip(files, looks, colours, strict=True)):
         _write(folder, number, file, beside([each.pixels, enlarged(colour, each.pixels.shape[:2])]))

@@ -162,13 +162,13 @@ def depth(model: Model, settings: Depth, run: Run) -> Result:
             save_head(head, settings.save_head)
     found = _measured(model, head, tests, settings, run)
     figures = averages([found.images[i] for i in sorted(found.images)])
-    row = [tests.name, f"{len(found.images):,}", *(f"{value:.3f}" for value in figures.values())]
-    headers = ["data", "images", "RMSE (m)", "AbsRel", "δ1", "δ2", "δ3", "log10", "RMSElog", "SILog"]
-    note = f"{head.kind} head, {head.min_depth:g} to {head.max_depth:g} m; figures are means over images"
+    titles = ["RMSE (m)", "AbsRel", "δ1", "δ2", "δ3", "log10", "RMSElog", "SILog"]
+    rows = [(title, f"{value:.3f}") for title, value in zip(titles, figures.values(), strict=True)]
+    note = f"Means over {len(found.images):,} images; {head.kind} head, {head.min_depth:g} to {head.max_depth:g} m."
     return Result(
         data=tests.name,
         metrics=figures,
-        table=Table(headers, [row], note),
+        table=Table(("depth", "value"), rows, note),
         details={
             "head": head.kind,
             "blocks": blocks_of(model.arch.depth, head.kind),

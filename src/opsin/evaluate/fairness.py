@@ -143,7 +143,7 @@ def fairness(model: Model, settings: Fairness, run: Run) -> Result:
     return Result(
         data=title,
         metrics=_metrics(hits, found),
-        table=_report(found, _notes(table, tested, left_out, settings)),
+        table=_report(hits, found, _notes(table, tested, left_out, settings)),
         details={
             "n_test": len(tested.images),
             "n_left_out": len(left_out),
@@ -315,9 +315,11 @@ def _metrics(hits: Mapping[str, Tensor], found: Mapping[str, Mapping[str, ByGrou
     return {"accuracy": hits["accuracy"].double().mean().item()} | largest | groups
 
 
-def _report(found: Mapping[str, Mapping[str, ByGroup]], note: str) -> Table:
-    """A row per group and per gap, a column per measured share."""
-    rows = []
+def _report(hits: Mapping[str, Tensor], found: Mapping[str, Mapping[str, ByGroup]], note: str) -> Table:
+    """A row for all, one per group and per gap, a column per measured share."""
+    rows = [
+        ["all", str(len(next(iter(hits.values())))), *(f"{hit.double().mean().item():.3f}" for hit in hits.values())]
+    ]
     first = next(iter(found.values()))
     for attribute, compared in first.items():
         for group, share in compared.groups.items():

@@ -348,6 +348,6 @@ def _advice(alone: Measured, measured: Measured) -> str:
     if measured.value > alone.value:
         return f"Fine-tuning gained {100 * (measured.value - alone.value):.1f} points over the linear head alone."
     return (
-        "Fine-tuning did not help: keep the frozen backbone and its linear head, or try a lower --rate, fewer --epochs "
+        "Fine-tuning did not help: keep the frozen backbone and its linear head, or try a lower --rate, other --epochs "
         "or --lora 8."
     )

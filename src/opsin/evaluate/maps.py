@@ -54,21 +54,24 @@ def patches(model: Model, look: Look) -> Tensor:
     return model.extractor.features(look.batch).patches[0].cpu()
 
 
-def joint_pca(grids: Sequence[Tensor], basis: PcaPicture | None = None) -> tuple[PcaPicture, list[NDArray[np.float64]]]:
+def joint_pca(
+    grids: Sequence[Tensor], basis: PcaPicture | None = None, *, background: bool = False
+) -> tuple[PcaPicture, list[NDArray[np.float64]]]:
     """Colours of several images' patches in one basis (paper §7.5), and that basis.
 
     Args:
         grids: patch features `[h, w, D]` of every image.
         basis: of an earlier picture of the same backbone; None fits one to these images together.
+        background: colour what the first component takes for background, too.
 
     Returns:
-        For every image `[h, w, 3]` from 0 to 1, black where the first component says background.
+        For every image `[h, w, 3]` from 0 to 1, the background black unless it is to be coloured.
     """
     basis = basis or pca_basis(grids)
     pictures = []
     for grid in grids:
         rgb, foreground = basis.apply(grid)
-        pictures.append((rgb * foreground[..., None]).double().numpy())
+        pictures.append((rgb if background else rgb * foreground[..., None]).double().numpy())
     return basis, pictures
 
 

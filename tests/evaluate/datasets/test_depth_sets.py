@@ -209,6 +209,8 @@ def test_protocols_of_published_sets():
         (352, 704),
         "garg",
     )
+    assert (SETS["nyu"].protocol.brightness, SETS["kitti"].protocol.brightness) == (0.25, 0.1)
+    assert (SETS["nyu"].protocol.border, SETS["kitti"].protocol.border) == ("nyu", "kb")
     sun = SETS["sunrgbd"].protocol
     assert (sun.max_depth, sun.size, sun.area, sun.cap) == (10, (640, 480), "sun", 8)
     with pytest.raises(OpsinError, match="unknown published set 'nyuu': did you mean 'nyu'"):

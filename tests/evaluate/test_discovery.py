@@ -157,6 +157,9 @@ def test_voc_as_it_is_distributed(tmp_path):
         assert len(images) == 2
         assert boxes[0].tolist() == [[0, 0, 10, 20]]
         assert boxes[1].tolist() == [[4, 5, 7, 8]]
+    annotation = base / "Annotations/000007.xml"
+    annotation.write_text(annotation.read_text().replace("<xmax>7<", "<xmax>5<"))
+    assert read_boxes(f"voc2007:{tmp_path}", None)[1][1].tolist() == [[4, 5, 5, 8]]  # a column of pixels has area
 
 
 def test_long_images_and_small_sizes(model, tmp_path):
@@ -202,7 +205,10 @@ def test_mistakes(tmp_path):
         file.write_text(text)
         assert wanted in said(folder, file)
     assert "voc2007 brings its own boxes" in said(f"voc2007:{tmp_path}", file)
-    (base / "Annotations/000005.xml").write_text("<annotation")
+    annotation = base / "Annotations/000005.xml"
+    annotation.write_text(annotation.read_text().replace("<xmax>10<", "<xmax>0<"))
+    assert "000005.xml of VOC2007 has a box without area" in said(f"voc2007:{tmp_path}")
+    annotation.write_text("<annotation")
     assert "000005.xml of VOC2007 is damaged" in said(f"voc2007:{tmp_path}")
     (base / "Annotations/000005.xml").unlink()
     assert "cannot read" in said(f"voc2007:{tmp_path}")

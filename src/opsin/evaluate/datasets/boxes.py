@@ -71,7 +71,7 @@ def _voc(path: Path, folder: str) -> tuple[list[Path], list[Tensor]]:
         except (ElementTree.ParseError, ValueError) as error:
             raise OpsinError(f"the annotation {name}.xml of {folder} is damaged ({error}): unpack it again.") from None
         # VOC counts pixels from 1, and the last one belongs to the box.
-        if any(right <= left or bottom <= top for left, top, right, bottom in sides):
+        if any(right < left or bottom < top for left, top, right, bottom in sides):
             raise OpsinError(f"the annotation {name}.xml of {folder} has a box without area: unpack it again.")
         found.append(torch.tensor(sides).reshape(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0]))
         paths.append(root / "JPEGImages" / f"{name}.jpg")

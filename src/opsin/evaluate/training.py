@@ -51,9 +51,8 @@ def train(
     """
     path = folder / "state.pt"
     rates = [group["lr"] for group in optimiser.param_groups]
-    device = next(module.parameters()).device
     done = 0
-    if (state := _recalled(path, device)) is not None:
+    if (state := _recalled(path)) is not None:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         done = state["step"]
@@ -89,10 +88,11 @@ def train(
     _save(path, module, optimiser, done)
 
 
-def _recalled(path: Path, device: torch.device) -> dict[str, Any] | None:
+def _recalled(path: Path) -> dict[str, Any] | None:
     """What `_save` wrote; None if there is nothing, or a damaged file, and then training starts anew."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        # On the CPU: a full GPU is no damage of the file.
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises almost anything of a file that is not whole
         return None
     return state if isinstance(state, dict) and state.keys() == {"module", "optimiser", "step"} else None

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 FINITE = sys.float_info.max
 """Upper end of a range that only excludes infinity."""
+SEEDS = (0, 2**62)
+"""Range of seeds: 64-bit generators take them, and what is added to them for a rank or an epoch."""
 
 
 class OpsinError(Exception):

@@ -30,7 +30,7 @@ from opsin.curate.streaming import DRAWN, Points, load, store, streamed
 from opsin.curate.tables import Step, Table, read, tasks_of, write_part
 from opsin.curate.vectors import width
 from opsin.data.decode import shown
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 
 _ROWS: Final = 2**18
 """Rows of a task, unless its clusters are so many that writing their sums would take longer than making them."""
@@ -69,7 +69,7 @@ class Cluster:
             resample=(0, 1e6),
             split=(1, 1e6),
             sample=(1, FINITE),
-            seed=(0, 2**62),
+            seed=SEEDS,
         )
         if any(upper >= lower for lower, upper in pairwise(self.levels)):
             raise OpsinError(

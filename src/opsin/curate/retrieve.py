@@ -30,7 +30,7 @@ from opsin.curate.tables import STEP, Step, Table, read, read_step, tasks_of, wr
 from opsin.curate.vectors import Column, read_vectors, width
 from opsin.data.decode import shown
 from opsin.data.rng import Stream, uniform
-from opsin.errors import FINITE, OpsinError, unknown, within
+from opsin.errors import FINITE, SEEDS, OpsinError, unknown, within
 from opsin.output import make_folder, write
 
 Mode = Literal["as-is", "sample", "cluster"]
@@ -68,7 +68,7 @@ class Retrieve:
         if self.cells is not None:
             least["cells"] = 1
         ranges = {name: (low, FINITE) for name, low in least.items()}
-        within(self, "retrieve.", neighbours=(1, 4096), seed=(0, 2**62), **ranges)
+        within(self, "retrieve.", neighbours=(1, 4096), seed=SEEDS, **ranges)
 
 
 @dataclass(frozen=True)

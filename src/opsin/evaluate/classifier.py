@@ -102,5 +102,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
             return state, {}
     except Exception:  # damaged files make both readers raise almost anything
-        state = None
+        pass
     raise OpsinError(f"{path} is not a linear head: give a file of --save-head, or a …_head.pth of the release.")

@@ -22,7 +22,7 @@ from torch import Tensor
 from opsin.data.decode import DecodeError, shown
 from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate.datasets.depth import SETS, check_unit, pairs, read_set
 from opsin.evaluate.dense import PairSet, patch_features
 from opsin.evaluate.depth_heads import DepthHead, HeadKind, blocks_of, load_head, make_head, resized, save_head
@@ -112,7 +112,7 @@ class Depth:
         within(
             self, "--", test_fraction=(1e-9, 1 - 1e-9), scale=(1e-9, FINITE), min_depth=(1e-9, FINITE),
             steps=(1, FINITE), images_per_step=(1, FINITE), rate=(0, FINITE), weight_decay=(0, FINITE),
-            gradient_weight=(0, FINITE), seed=(0, 2**62), disparity_offset=(0, FINITE),
+            gradient_weight=(0, FINITE), seed=SEEDS, disparity_offset=(0, FINITE),
         )  # fmt: skip
         for name in ("max_depth", "focal_times_baseline", "size", "crop", "warmup_steps"):
             if getattr(self, name) is not None:

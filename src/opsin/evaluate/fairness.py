@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.data.decode import shown
-from opsin.errors import FINITE, OpsinError, unknown, within
+from opsin.errors import FINITE, SEEDS, OpsinError, unknown, within
 from opsin.evaluate.attributes import ByGroup, Gap, Grouped, Share, by_group, grouped
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.datasets.classification import SETS, read_set
@@ -83,7 +83,7 @@ class Fairness:
     """The linear classifier; images are tested at its `size`."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62), threshold=(0, 1), repeats=(1, FINITE), smallest=(1, FINITE))
+        within(self, "--", seed=SEEDS, threshold=(0, 1), repeats=(1, FINITE), smallest=(1, FINITE))
         if self.top is not None:
             within(self, "--", top=(1, FINITE))
         if not 0 < self.test_fraction < 1:
@@ -342,7 +342,7 @@ def _gap(gap: Gap) -> str:
 def _notes(table: Grouped, tested: Grouped, left_out: Sequence[tuple[str, str]], settings: Fairness) -> str:
     notes = [f"{len(tested.images)} images tested; intervals of 95 % from {settings.repeats} repeats."]
     if tested.clusters is not None:
-        equal = ", each of which counts the same" * _equal_clusters(settings)
+        equal = ", each of which counts the same in its groups; all is the mean of images" * _equal_clusters(settings)
         notes.append(f"They are drawn by {len(np.unique(tested.clusters))} clusters{equal}.")
     for name, values in table.attributes.items():
         if empty := sorted(set(values.tolist()) - set(tested.attributes[name].tolist())):

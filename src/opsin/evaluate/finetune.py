@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from opsin.backbone import weights
 from opsin.backbone.vit import VisionTransformer
 from opsin.data.decode import shown
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate.classifier import Classifier, save
 from opsin.evaluate.datasets.classification import SETS, metric_of
 from opsin.evaluate.linear import TITLES, measure
@@ -90,7 +90,7 @@ class Finetune:
     """Folder for the tuned backbone, backbone.safetensors as any other, and its head, head.safetensors."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62), size=(1, FINITE), epochs=(1, FINITE), train_batch=(1, FINITE))
+        within(self, "--", seed=SEEDS, size=(1, FINITE), epochs=(1, FINITE), train_batch=(1, FINITE))
         within(self, "--", rate=(0, 1e3), layer_decay=(0, 1), weight_decay=(0, 1e3), smoothing=(0, 1), lora=(0, 1e4))
         within(self, "--", warmup=(0, 1), last_rate=(0, 1))
         if self.shorter is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opsin.backbone.probe import NEIGHBOURS, knn_classify
 from opsin.data.progress import progress
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate.datasets.classification import Metric, metric_of
 from opsin.evaluate.labelled import Labelled, labelled
 from opsin.evaluate.metrics import Measured, of_predictions
@@ -55,7 +55,7 @@ class Knn:
     def __post_init__(self) -> None:
         if not self.k:
             raise OpsinError("--k is empty: give numbers of neighbours, for example 20.")
-        within(self, "--", k=(1, FINITE), size=(1, FINITE), seed=(0, 2**62), temperature=(1e-6, FINITE))
+        within(self, "--", k=(1, FINITE), size=(1, FINITE), seed=SEEDS, temperature=(1e-6, FINITE))
         within(self, "--", shots=(1, FINITE), tries=(1, FINITE))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.decode import shown
-from opsin.errors import OpsinError, within
+from opsin.errors import SEEDS, OpsinError, within
 from opsin.evaluate.classifier import Classifier, load, save
 from opsin.evaluate.datasets.classification import SETS, Metric, allowed, metric_of, read_set
 from opsin.evaluate.metrics import Measured, of_scores
@@ -49,7 +49,7 @@ class Linear:
     """How heads are trained."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62))
+        within(self, "--", seed=SEEDS)
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
         if self.head is not None and self.save_head is not None:

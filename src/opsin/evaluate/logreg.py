@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.progress import progress
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate import sets
 from opsin.evaluate.datasets.classification import metric_of
 from opsin.evaluate.labelled import Part, labelled
@@ -51,7 +51,7 @@ class Logreg:
     """Most iterations of conjugate gradients for one C; details say for which C they did not suffice."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62), size=(1, FINITE), values=(1, 10_000), max_iterations=(1, FINITE))
+        within(self, "--", seed=SEEDS, size=(1, FINITE), values=(1, 10_000), max_iterations=(1, FINITE))
         within(self, "--", lowest=(-12, 12), highest=(-12, 12))
         if self.lowest > self.highest:
             raise OpsinError(f"--lowest {self.lowest:g} is above --highest {self.highest:g}: exchange them.")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.datasets.classification import Metric
 from opsin.evaluate.heads import Descent, Heads, Kind, predictions, rows_of
@@ -55,7 +55,7 @@ class Probe:
     """Of the initial heads, the order and the crops."""
 
     def __post_init__(self) -> None:
-        within(self, "--probe.", steps=(1, FINITE), train_batch=(1, FINITE), size=(1, FINITE), probe_seed=(0, 2**62))
+        within(self, "--probe.", steps=(1, FINITE), train_batch=(1, FINITE), size=(1, FINITE), probe_seed=SEEDS)
         if not self.blocks or min(self.blocks) < 1 or len(set(self.blocks)) < len(self.blocks):
             raise OpsinError(f"--probe.blocks is {self.blocks}: give different numbers of blocks, such as 1 4.")
 

@@ -17,7 +17,7 @@ from opsin.backbone.features import evaluation_transform
 from opsin.data.decode import DecodeError
 from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
-from opsin.errors import OpsinError, unknown, within
+from opsin.errors import SEEDS, OpsinError, unknown, within
 from opsin.evaluate.classifier import Classifier, load
 from opsin.evaluate.corruptions import EXTRA, KINDS, SEVERITIES, Stored, applied, drawn, missing
 from opsin.evaluate.corruptions.published import ALEXNET, corruption_errors, mean
@@ -83,7 +83,7 @@ class Robustness:
     224."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62), severities=(1, 5))
+        within(self, "--", seed=SEEDS, severities=(1, 5))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
         if not self.severities or len(set(self.severities)) < len(self.severities):

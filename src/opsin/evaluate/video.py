@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.data.decode import shown
-from opsin.errors import OpsinError, within
+from opsin.errors import SEEDS, OpsinError, within
 from opsin.evaluate.classifier import Classifier
 from opsin.evaluate.clips import ClipSet, clip_features, own_clips
 from opsin.evaluate.datasets.layout import understood
@@ -52,7 +52,7 @@ class Video:
     features of frames are computed once."""
 
     def __post_init__(self) -> None:
-        within(self, "--", seed=(0, 2**62), frames=(1, 1024))
+        within(self, "--", seed=SEEDS, frames=(1, 1024))
         if not 0 < self.test_fraction < 1:
             raise OpsinError(f"--test-fraction is {self.test_fraction}: give a share between 0 and 1, such as 0.2.")
 

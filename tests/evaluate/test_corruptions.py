@@ -342,7 +342,10 @@ def test_edges_are_maxima_across_the_nearest_of_four_directions():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 40)).astype("f4"))
     found = edges.edges(image[None, None], -1, -1)[0, 0]  # every maximum
     padded = np.pad(image.numpy(), 1, mode="edge")
-    at = lambda r, c: padded[1 + r : 41 + r, 1 + c : 41 + c]  # noqa: E731
+
+    def at(r, c):
+        return padded[1 + r : 41 + r, 1 + c : 41 + c]
+
     x = sum(w * (at(r, 1) - at(r, -1)) for r, w in ((-1, 1), (0, 2), (1, 1)))
     y = sum(w * (at(1, c) - at(-1, c)) for c, w in ((-1, 1), (0, 2), (1, 1)))
     size, turn = np.pad(np.abs(x) + np.abs(y), 1), np.degrees(np.arctan2(y, x)) % 180

@@ -1,11 +1,12 @@
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,22 +206,50 @@ def test_results_are_used_as_soon_as_their_turn_comes():
     assert len(used) == 4
 
 
-def test_an_interruption_silences_daft(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(sys, "unraisablehook", said.append)
-    answers = ENGINE.run("squares", Square(tmp_path), [{"number": i} for i in range(3)])
-    next(answers)
-    with pytest.raises(KeyboardInterrupt):
-        answers.throw(KeyboardInterrupt)
-    sys.unraisablehook(stream_of("/site-packages/daft/execution/native_executor.py"))
-    sys.unraisablehook(stream_of("/site-packages/other/runner.py"))
-    sys.unraisablehook(SimpleNamespace(object=len))
-    assert [getattr(one.object, "__name__", None) for one in said] == ["stream", "len"]
-    assert said[0].object.ag_code.co_filename.endswith("other/runner.py")
+@dataclass(frozen=True)
+class Signals(Square):
+    """Has a signal come at the worst moment: while Daft, in Rust, asks Python to pickle it."""
+
+    number: signal.Signals
+
+    def __getstate__(self):
+        if not (self.folder / "sent").exists():
+            (self.folder / "sent").write_text("")
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.2)
+        return super().__getstate__()
 
 
-def stream_of(place):
-    """What Python tells its hook of a generator of that file which it could not end."""
-    scope = {}
-    exec(compile("async def stream():\n    yield 1\n", place, "exec"), scope)
-    return SimpleNamespace(object=scope["stream"]())
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit(143)), (signal.SIGINT, KeyboardInterrupt())], ids=str
+)
+def test_a_signal_while_daft_is_at_work_is_raised_by_us_and_not_in_daft(tmp_path, number, raised):
+    with pytest.raises(type(raised)) as caught:
+        list(ENGINE.run("signals", Signals(tmp_path, number), [{"number": i} for i in range(9)]))
+    assert caught.value.args == raised.args
+    assert len(list(ENGINE.run("squares", Square(tmp_path), [{"number": 1}]))) == 1
+
+
+def test_fewer_answers_than_tasks_are_no_success(tmp_path):
+    """A shell has its background jobs ignore Ctrl-C, and Daft does not: it ends, as if its rows were all."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from opsin.curate.engine import Engine\n"
+        "from opsin.errors import OpsinError\n"
+        "def work(task, engine):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.2)\n"
+        "    return {}\n"
+        "try:\n"
+        "    print(len(list(Engine(threads=1).run('slow', work, [{}] * 40))))\n"
+        "except OpsinError as error:\n"
+        "    print(error)\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]  # before it, Daft says something
+    assert re.fullmatch(r"Daft ended after \d+ of 40 tasks of 'slow': give the same command again, it goes on.", last)

@@ -10,10 +10,10 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import FrameType
 from typing import Any, Literal, Protocol
 from uuid import uuid4
@@ -87,38 +87,63 @@ class Engine:
             unit: what `done` counts.
 
         Raises:
-            OpsinError: that of a task; or Daft or Ray is not installed.
+            OpsinError: that of a task; Daft or Ray is not installed; or Daft left tasks out.
         """
         if not tasks:
             return
         daft = _daft(self.runner)
         name = uuid4().hex
-        do = daft.cls(_Worker, cpus=self.threads, gpus=int(self.device.startswith("cuda")))(work, self, name)
-        table = daft.from_pydict({"number": list(range(len(tasks))), "task": [json.dumps(task) for task in tasks]})
-        # One task at a time for each worker: both cut a table into pieces of one row, each by its own name for it.
-        table = table.into_partitions(len(tasks)) if self.runner == "ray" else table.into_batches(1)
-        answers = table.select(table["number"], do(table["number"], table["task"]).alias("answer")).iter_rows()
+        answers: SimpleQueue[dict[str, Any] | BaseException | None] = SimpleQueue()
+        # A signal is raised in the main thread, wherever that is; inside of Daft, it would make Daft panic or stop in
+        # silence. So Daft has a thread of its own, and the caller's only waits for the queue.
+        thread = Thread(target=self._collect, args=(daft, work, tasks, name, answers), daemon=True)
         with terminated_in_order(), progress(what, total or len(tasks), unit, show=True) as advance:
+            thread.start()
             try:
-                for row in answers:
+                for given in range(len(tasks)):
+                    row = answers.get()
+                    if isinstance(row, BaseException):
+                        raise row
+                    if row is None:  # Daft heeds Ctrl-C by itself, even where a shell has this process ignore it
+                        raise OpsinError(
+                            f"Daft ended after {given} of {len(tasks)} tasks of '{what}': give the same command again, "
+                            "it goes on."
+                        )
                     answer = json.loads(row["answer"])
                     if "error" in answer:
                         raise OpsinError(answer["error"])
                     advance(answer["result"].get("done", 1))
                     yield row["number"], answer["result"]
-            except (Exception, GeneratorExit):
-                _given_up.add(name)  # Daft may hang if its answers are dropped while tasks run: let them end at once
-                with contextlib.suppress(Exception):
-                    for _ in answers:
-                        pass
+                thread.join()
+            except BaseException as end:
+                _given_up.add(name)
+                if not isinstance(end, KeyboardInterrupt | SystemExit):  # which are for leaving at once
+                    thread.join()
                 raise
-            except (KeyboardInterrupt, SystemExit):
-                sys.unraisablehook = _without_daft(sys.unraisablehook)
-                raise
+
+    def _collect(
+        self,
+        daft: Any,
+        work: Work,
+        tasks: Sequence[Task],
+        name: str,
+        answers: "SimpleQueue[dict[str, Any] | BaseException | None]",
+    ) -> None:
+        """Put the answers of the tasks into a queue as they come; last, None or what went wrong."""
+        try:
+            do = daft.cls(_Worker, cpus=self.threads, gpus=int(self.device.startswith("cuda")))(work, self, name)
+            table = daft.from_pydict({"number": list(range(len(tasks))), "task": [json.dumps(task) for task in tasks]})
+            # One task at a time for each worker: both cut a table into pieces of one row, each by its own name for it.
+            table = table.into_partitions(len(tasks)) if self.runner == "ray" else table.into_batches(1)
+            for row in table.select(table["number"], do(table["number"], table["task"]).alias("answer")).iter_rows():
+                answers.put(row)
+            answers.put(None)
+        except BaseException as error:
+            answers.put(error)
 
 
 _given_up: set[str] = set()
-"""Calls of `run` in this process that have failed, whose tasks need not be done any more."""
+"""Calls of `run` in this process that have failed, whose tasks need not be done any more: they end at once."""
 
 
 class _Worker:
@@ -155,19 +180,6 @@ def terminated_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _without_daft(before: Callable[..., object]) -> Callable[..., object]:
-    """A hook for exceptions that nobody can catch, which passes over those of Daft's coroutines: a signal may leave one
-    half done, whose clean-up then finds no event loop, and Python would print a traceback of that.
-    """
-
-    def hook(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "ag_code", None)
-        if code is None or "daft" not in Path(code.co_filename).parts:
-            before(unraisable)
-
-    return hook
 
 
 def _daft(runner: Runner) -> Any:

@@ -196,7 +196,7 @@ def test_mistakes(tmp_path):
         ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "x.png: give the folder"),
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, -3, 1]}]}', "of image 3 has no area"),
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, NaN, 1]}]}', "of image 3 has no area"),
-        ('{"images": [], "annotations": [{"image_id": 3, "bbox": "1234"}]}', "is not in COCO's form"),
+        ('{"images": [], "annotations": [{"image_id": 3, "bbox": "1234"}]}', "the box '1234' of image 3 is text"),
         ('{"images": [], "annotations": [{"image_id": 3, "bbox": [0, 0, 1]}]}', "is not in COCO's form"),
         (f'{{"images": {"[" * 50_000}', "is not in COCO's form"),
         ('{"images": [{"id": 1, "file_name": "x"}, {"id": 1, "file_name": "y"}], "annotations": []}', "have the id 1"),

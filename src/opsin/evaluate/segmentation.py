@@ -15,7 +15,7 @@ from torch import Tensor
 from opsin.data.decode import DecodeError
 from opsin.data.pipeline import prepared
 from opsin.data.progress import progress
-from opsin.errors import FINITE, OpsinError, within
+from opsin.errors import FINITE, SEEDS, OpsinError, within
 from opsin.evaluate.datasets.segmentation import SETS, Folders, look_through, read_set
 from opsin.evaluate.dense import PairSet
 from opsin.evaluate.model import Model
@@ -115,7 +115,7 @@ class Segmentation:
     def __post_init__(self) -> None:
         within(
             self, "--", ignore=(0, 65535), steps=(1, FINITE), train_batch=(1, FINITE), rate=(0, FINITE),
-            decay=(0, FINITE), warmup=(0, FINITE), most=(0, 1), seed=(0, 2**31), test_fraction=(0, 1),
+            decay=(0, FINITE), warmup=(0, FINITE), most=(0, 1), seed=SEEDS, test_fraction=(0, 1),
         )  # fmt: skip
         for name in ("blocks", "crop", "shorter", "stride", "scales", "ratios", "classes"):
             if getattr(self, name) is not None:

@@ -83,7 +83,9 @@ def _coco(folder: Path, boxes: Path) -> tuple[list[Path], list[Tensor]]:
         tree = json.loads(_text(boxes))
         sides = defaultdict(list)
         for one in tree["annotations"]:
-            left, top, width, height = (float(number) for number in one["bbox"] if not isinstance(one["bbox"], str))
+            if isinstance(one["bbox"], str):  # whose four letters may be digits
+                raise TypeError(f"the box '{one['bbox']}' of image {one['image_id']} is text")
+            left, top, width, height = map(float, one["bbox"])
             if not all(map(isfinite, (left, top, width, height))) or min(width, height) <= 0:
                 raise ValueError(f"the box {one['bbox']} of image {one['image_id']} has no area")
             sides[one["image_id"]].append([left, top, left + width, top + height])

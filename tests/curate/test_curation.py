@@ -222,7 +222,6 @@ def test_two_at_once_are_refused(heap, tmp_path):
         (["--references", "a=x", "a=y"], "two sets 'a'"),
         (["--engine.runner", "slurm"], "slurm"),
         (["--cluster.levels", "3", "12"], "levels"),
-        (["--cluster.levels", "1000"], "1,000 clusters"),
         (["--dedup.treshold", "0.5"], "did you mean"),
     ],
 )
@@ -231,6 +230,37 @@ def test_mistakes_get_one_sentence(heap, tmp_path, capfd, change, said):
     wrong = capfd.readouterr().err
     assert said in wrong
     assert "Traceback" not in wrong
+
+
+def test_a_mistake_that_shows_after_daft_has_run_gets_one_sentence(heap, tmp_path):
+    """In a process of its own, which must end in order although Daft has threads in it."""
+    run = curate([*options(heap, tmp_path / "out"), "--cluster.levels", "1000"])
+    _, wrong = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert "1,000 clusters" in wrong
+    assert "Traceback" not in wrong
+
+
+def test_ctrl_c_that_daft_alone_sees_ends_the_command_too(heap, tmp_path):
+    """A shell has its background jobs ignore Ctrl-C, and Daft does not: it stops, as if its tasks were all done."""
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from opsin.cli import main\n"
+        "from opsin.curate import ingest\n"
+        "look = ingest._Look.__call__\n"
+        "def interrupted(*given):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.5)\n"
+        "    return look(*given)\n"
+        "ingest._Look.__call__ = interrupted\n"
+        "words = ['--data', sys.argv[1], '--out', sys.argv[2], '--part', '32', '--threads', '1']\n"
+        "sys.exit(main(['curate', 'ingest', *words]))\n"
+    )
+    line = [sys.executable, "-c", code, str(heap / "heap"), str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert done.stderr == ""
 
 
 def test_nothing_is_told_to_anyone(heap, tmp_path):

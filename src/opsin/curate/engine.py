@@ -87,7 +87,8 @@ class Engine:
             unit: what `done` counts.
 
         Raises:
-            OpsinError: that of a task; Daft or Ray is not installed; or Daft left tasks out.
+            OpsinError: that of a task; or Daft or Ray is not installed.
+            KeyboardInterrupt: Ctrl-C, also where Daft alone has seen it and left tasks out.
         """
         if not tasks:
             return
@@ -100,15 +101,12 @@ class Engine:
         with terminated_in_order(), progress(what, total or len(tasks), unit, show=True) as advance:
             thread.start()
             try:
-                for given in range(len(tasks)):
+                for _ in tasks:
                     row = answers.get()
                     if isinstance(row, BaseException):
                         raise row
-                    if row is None:  # Daft heeds Ctrl-C by itself, even where a shell has this process ignore it
-                        raise OpsinError(
-                            f"Daft ended after {given} of {len(tasks)} tasks of '{what}': give the same command again, "
-                            "it goes on."
-                        )
+                    if row is None:  # Daft heeds Ctrl-C by itself, even where a shell has its job ignore it
+                        raise KeyboardInterrupt(f"Daft has left out tasks of '{what}'")
                     answer = json.loads(row["answer"])
                     if "error" in answer:
                         raise OpsinError(answer["error"])

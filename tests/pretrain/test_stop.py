@@ -24,6 +24,22 @@ def test_only_a_second_ctrl_c_ends_a_run_at_once():
         assert stop.agreed(failed=True) > 64  # no signal has this number
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_wrong_with_many_processes_is_said_before_torchrun_ends_them(monkeypatch, count):
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with pytest.raises(OpsinError, match="lost"), stop_signal():
+            raise OpsinError("a process is lost")
+        assert all((signal.getsignal(number) is before[number]) == (count == 1) for number in numbers)
+        if count > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("done", [[], [3, 6]])
 def test_a_lost_process_is_told_in_a_sentence(monkeypatch, tmp_path, done):
     monkeypatch.setattr(ranks, "count", lambda: 2)

@@ -49,6 +49,10 @@ def stop_signal() -> Iterator[Stop]:
         return
     try:
         yield stop
+    except Exception:
+        if ranks.count() > 1:  # torchrun ends this process too, which says first what is wrong, and is gone then
+            before = {}
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
